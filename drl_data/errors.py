@@ -1,0 +1,93 @@
+"""The exception tree. Every message says place, got, want, remedy.
+
+DrlDataError
+├── UserError                 the user's mistake: exit status 2, one clear message, no traceback
+│   ├── SpecError             a pipeline file or a spec that is not valid
+│   ├── TapError              a tap that the model does not have, or that changed its meaning
+│   ├── WeightsError          a model that cannot be found or loaded
+│   ├── InputError            tars that are missing, unreadable, or not what was indexed
+│   └── StoreMismatchError    a store that holds another spec than the one asked for
+├── ImageError                one sample that cannot become pixels; costs its row, never the run
+├── StoreError                a store that is not as STORE.md says
+│   ├── AlignmentError        a write that is not one whole unit
+│   ├── FeatureError          features of the wrong shape or dtype, or not finite
+│   └── ConflictError         two writers signed one unit with different bytes
+├── ObjectError               object storage failed
+│   └── ObjectNotFoundError   ... because the object is not there
+├── ForkError                 a handle that does not survive fork() was used in a forked process
+└── ExecutionError            workers died, or units failed more often than allowed
+"""
+
+from __future__ import annotations
+
+
+class DrlDataError(Exception):
+    """Root of everything that drl_data raises on purpose."""
+
+
+class UserError(DrlDataError):
+    """The user's mistake; the message says what to change."""
+
+
+class SpecError(UserError):
+    """A pipeline file or spec that is not valid."""
+
+
+class TapError(UserError):
+    """A tap that the model does not have, or that resolves differently than the store recorded."""
+
+
+class WeightsError(UserError):
+    """A model that cannot be found or loaded."""
+
+
+class InputError(UserError):
+    """Tars that are missing, unreadable, or changed since they were indexed."""
+
+
+class StoreMismatchError(UserError):
+    """A store that holds another spec than the one asked for."""
+
+
+class ImageError(DrlDataError):
+    """One sample that cannot become pixels.
+
+    `stage` is where it failed (`index`, `read`, `decode`), `reason` one line for people.
+    """
+
+    def __init__(self, stage: str, reason: str) -> None:
+        super().__init__(f"{stage}: {reason}")
+        self.stage = stage
+        self.reason = reason
+
+
+class StoreError(DrlDataError):
+    """A store that is not as STORE.md says."""
+
+
+class AlignmentError(StoreError):
+    """A write that is not exactly one unit; two writers of one shard would lose rows."""
+
+
+class FeatureError(StoreError):
+    """Features of the wrong shape or dtype, or not finite."""
+
+
+class ConflictError(StoreError):
+    """Two writers signed one unit with different bytes."""
+
+
+class ObjectError(DrlDataError):
+    """Object storage failed."""
+
+
+class ObjectNotFoundError(ObjectError):
+    """The object is not there."""
+
+
+class ForkError(DrlDataError):
+    """A handle that does not survive fork() was used in a forked process."""
+
+
+class ExecutionError(DrlDataError):
+    """Workers died, or units failed more often than allowed."""
