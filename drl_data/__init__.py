@@ -1,0 +1,77 @@
+"""Precompute the inner features of diffusion models over image datasets, and train on them.
+
+Importing this starts nothing: names are loaded at first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from drl_data.backbones import Backbone, ModelFolder, load_backbone
+    from drl_data.datasets import FeatureDataset, FeatureStream
+    from drl_data.errors import DrlDataError, UserError
+    from drl_data.executors import Outcome, run_local, run_ray
+    from drl_data.extract import ExtractTask, make_task
+    from drl_data.index import SampleIndex, build_index
+    from drl_data.plan import Unit, estimate, plan_units
+    from drl_data.runs import extract, prepare
+    from drl_data.spec import FeatureSpec, Pipeline
+    from drl_data.store import FeatureStore
+
+_HOME = {
+    "Backbone": "backbones",
+    "DrlDataError": "errors",
+    "ExtractTask": "extract",
+    "FeatureDataset": "datasets",
+    "FeatureSpec": "spec",
+    "FeatureStore": "store",
+    "FeatureStream": "datasets",
+    "ModelFolder": "backbones",
+    "Outcome": "executors",
+    "Pipeline": "spec",
+    "SampleIndex": "index",
+    "Unit": "plan",
+    "UserError": "errors",
+    "build_index": "index",
+    "estimate": "plan",
+    "extract": "runs",
+    "load_backbone": "backbones",
+    "make_task": "extract",
+    "plan_units": "plan",
+    "prepare": "runs",
+    "run_local": "executors",
+    "run_ray": "executors",
+}
+
+__all__ = [
+    "Backbone",
+    "DrlDataError",
+    "ExtractTask",
+    "FeatureDataset",
+    "FeatureSpec",
+    "FeatureStore",
+    "FeatureStream",
+    "ModelFolder",
+    "Outcome",
+    "Pipeline",
+    "SampleIndex",
+    "Unit",
+    "UserError",
+    "build_index",
+    "estimate",
+    "extract",
+    "load_backbone",
+    "make_task",
+    "plan_units",
+    "prepare",
+    "run_local",
+    "run_ray",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'drl_data' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"drl_data.{_HOME[name]}"), name)

@@ -316,6 +316,19 @@ def canonical_json(value: JsonValue) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file, hexadecimal.
+
+    Raises:
+        SpecError: if there is no such file.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise SpecError(f"{path}: {error.strerror}") from error
+
+
 def _leaves(value: JsonValue, path: str = "") -> list[tuple[str, JsonValue]]:
     if isinstance(value, dict) and value:
         return [leaf for k in value for leaf in _leaves(value[k], f"{path}.{k}" if path else k)]
@@ -344,8 +357,8 @@ class RunSpec(Spec):
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     address: str | None = None
     """Address of an existing Ray cluster; default: start one on this machine."""
-    leases: Annotated[int, Field(ge=1)] = 3
-    """Units in flight in one worker: one reads, one computes, one writes."""
+    leases: Annotated[int, Field(ge=1)] | None = None
+    """Units in flight in one worker; default: two more than compute at a time."""
     decode_threads: Annotated[int, Field(ge=1)] = 4
     memory_bytes: Annotated[int, Field(ge=1)] = 4 << 30
     """Budget of one worker for pixels and features in flight."""
@@ -444,6 +457,8 @@ class Pipeline(Spec):
     features: NumericSpec = NumericSpec()
     store: StoreSpec | None = None
     run: RunSpec = RunSpec()
+    results: str = "results"
+    """Folder for what tasks find and for the report."""
     probe: ProbeSpec | None = None
     distill: DistillSpec | None = None
     pretrain: PretrainSpec | None = None
@@ -486,11 +501,12 @@ class Pipeline(Spec):
             return url if is_absolute(url) else str(folder / url)
 
         changes: dict[str, object] = {
+            "results": join(self.results),
             "dataset": self.dataset.model_copy(
                 update={
                     "tars": {k: tuple(join(u) for u in v) for k, v in self.dataset.tars.items()}
                 }
-            )
+            ),
         }
         if self.backbone and _is_relative_folder(self.backbone.model):
             changes["backbone"] = self.backbone.model_copy(

@@ -1,0 +1,42 @@
+# `make demo` and `make test` set up everything they need in .venv, with the versions that
+# constraints.txt pins. PYTHON chooses the interpreter (3.11 or later).
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint types imports unit test-ceph clean
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/drl demo --out demo-out
+
+test: lint types imports unit
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/test.stamp
+	$(BIN)/mypy
+
+imports: $(VENV)/test.stamp
+	$(BIN)/lint-imports
+
+unit: $(VENV)/test.stamp
+	$(BIN)/python -m pytest
+
+# The same S3 tests against Ceph's gateway; needs Debian's ceph-mon ceph-osd ceph-common radosgw.
+test-ceph: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -m ceph
+
+$(VENV)/demo.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/test.stamp: $(VENV)/demo.stamp
+	$(PIP) -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

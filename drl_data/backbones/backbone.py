@@ -1,0 +1,194 @@
+"""What every family must say, and what they all share: features of a batch, shapes on meta.
+
+An adapter says only how an image becomes what the network takes (`encode`), what the network is
+told besides (`conditioning`), and how it is called (`forward`). Taps, cut, noise and time are the
+same for all.
+
+Shapes: b batch, c channel, h w height and width of the denoiser's input, n token.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from drl_data.errors import SpecError
+from drl_data.reduce import MAP, TOKENS, VECTOR, reduce
+from drl_data.schedule import NoiseSchedule
+from drl_data.spec import ArraySpec, ConditionSpec, DType, ImageSpec, ResolvedTime
+from drl_data.taps import ResolvedTap, capture
+
+Transform = Callable[[ResolvedTap, Tensor, tuple[str, ...]], Tensor]
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """The VAE's Gaussian over latents [b, c, h, w]; without a VAE (`std` None) the pixels."""
+
+    mean: Tensor
+    std: Tensor | None = None
+    scaling_factor: float = 1.0
+    shift_factor: float = 0.0
+
+    def latents(self, noise: Tensor | None, *, scale: bool = True) -> Tensor:
+        """mean + std * noise, or the mean if `noise` is None; then (z - shift) * scaling factor."""
+        z = self.mean if self.std is None or noise is None else self.mean + self.std * noise
+        return (
+            (z - self.shift_factor) * self.scaling_factor if scale and self.std is not None else z
+        )
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Keyword arguments of the network's forward for one sample, each tensor [1, ...]."""
+
+    kwargs: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def expand(self, n: int) -> dict[str, Tensor]:
+        """The same conditioning for `n` samples, without a copy."""
+        return {k: v.expand(n, *v.shape[1:]) for k, v in self.kwargs.items()}
+
+
+class Backbone(ABC):
+    """A frozen network with a noise schedule; weights on `device`, or structure only on meta."""
+
+    def __init__(self, network: nn.Module, schedule: NoiseSchedule, device: torch.device) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.schedule = schedule
+        self.device = device
+        self.dtype = next(network.parameters()).dtype
+
+    @abstractmethod
+    def input_shape(self, images: ImageSpec) -> tuple[int, int, int]:
+        """(c, h, w) that the denoiser takes for images of this size.
+
+        Raises:
+            SpecError: if the model cannot take such images; the message says which it can.
+        """
+
+    @abstractmethod
+    def encode(self, pixels: Tensor) -> Posterior:
+        """From pixels [b, c, H, W] in the range of the image spec to the denoiser's input."""
+
+    @abstractmethod
+    def conditioning(self, spec: ConditionSpec) -> Conditioning:
+        """What the network is told besides the time; computed once a run.
+
+        Raises:
+            SpecError: if the model cannot be conditioned so.
+        """
+
+    @abstractmethod
+    def forward(self, x: Tensor, model_time: Tensor, kwargs: Mapping[str, Tensor]) -> object:
+        """One whole denoiser forward of x [b, c, h, w] at model_time [b]."""
+
+    def replica(self) -> Self:
+        """The same weights behind other modules, so that hooks of two threads do not meet."""
+        shared = [*self.network.parameters(), *self.network.buffers()]
+        other = copy.copy(self)
+        other.network = copy.deepcopy(self.network, {id(tensor): tensor for tensor in shared})
+        return other
+
+    def tap(
+        self,
+        x: Tensor,
+        time: ResolvedTime,
+        conditioning: Conditioning,
+        taps: Sequence[ResolvedTap],
+        transform: Transform,
+        *,
+        stop_early: bool = True,
+    ) -> dict[str, Tensor]:
+        """One forward of x [b, c, h, w]; {tap name: transform(tap, tensor, names of its axes)}.
+
+        The forward ends at the last tap unless `stop_early` is false.
+        """
+        model_time = torch.full((len(x),), time.model_time, device=x.device)
+        if time.model_time == int(time.model_time):
+            model_time = model_time.long()
+        grid = (x.shape[-2], x.shape[-1])
+
+        def arrange_and_transform(tap: ResolvedTap, tensor: Tensor) -> Tensor:
+            return transform(tap, *arrange(tensor, grid))
+
+        return capture(
+            self.network,
+            taps,
+            lambda: self.forward(x, model_time, conditioning.expand(len(x))),
+            arrange_and_transform,
+            stop_early=stop_early,
+        )
+
+    def arrays(
+        self,
+        taps: Sequence[ResolvedTap],
+        images: ImageSpec,
+        condition: ConditionSpec,
+        time: ResolvedTime,
+        dtype: DType,
+    ) -> tuple[ArraySpec, ...]:
+        """Name, axes and shape of each tap's array, from one forward; meant for the meta device."""
+        found: dict[str, ArraySpec] = {}
+
+        def note(tap: ResolvedTap, tensor: Tensor, dims: tuple[str, ...]) -> Tensor:
+            reduced, reduced_dims = reduce(tensor, dims, tap.reduce)
+            found[tap.name] = ArraySpec(
+                name=tap.name,
+                tap=tap.address,
+                dims=reduced_dims,
+                shape=tuple(reduced.shape[1:]),
+                dtype=dtype,
+            )
+            return reduced
+
+        x = torch.empty((1, *self.input_shape(images)), dtype=self.dtype, device=self.device)
+        with torch.no_grad():
+            self.tap(x, time, self.conditioning(condition), taps, note)
+        return tuple(found[tap.name] for tap in taps)
+
+
+def arrange(x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[str, ...]]:
+    """Give a tap's tensor its axes: map [b, c, h, w], tokens [b, n, c], or vector [b, c].
+
+    Tokens [b, n, c] become a map if n is the number of patches of `grid` (height and width of the
+    denoiser's input) for some square patch; row-major, as every patchifying transformer does.
+    """
+    if x.ndim == 4:
+        return x, MAP
+    if x.ndim == 2:
+        return x, VECTOR
+    if x.ndim != 3:
+        x = x.flatten(1)
+        return x, VECTOR
+    height, width = grid
+    for patch in range(1, min(grid) + 1):
+        if height % patch == 0 == width % patch and x.shape[1] == height * width // patch**2:
+            side = (height // patch, width // patch)
+            return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], *side), MAP
+    return x, TOKENS
+
+
+def check_images(images: ImageSpec, n_channels: int, multiple: int) -> None:
+    """Refuse images that a model cannot take.
+
+    Raises:
+        SpecError: for another number of channels, or a size that is no multiple of `multiple`.
+    """
+    if images.n_channels != n_channels:
+        raise SpecError(
+            f"images.mode {images.mode}: {images.n_channels} channels; the model takes {n_channels}"
+        )
+    if any(side % multiple for side in images.size):
+        raise SpecError(f"images.size {list(images.size)}: the model needs multiples of {multiple}")
+
+
+def refuse_text(spec: ConditionSpec, family: str) -> None:
+    """Raise SpecError if a model without text input is given a prompt."""
+    if spec.prompt or spec.prompt_embeddings:
+        raise SpecError(f"condition.prompt: {family} takes no text; leave it out")

@@ -1,0 +1,332 @@
+"""`drl`: parse, compose, print. No logic.
+
+Exit status: 0 done; 1 some samples or units failed, and are listed; 2 the user's mistake, one clear
+message; 3 interrupted, run the same command again to resume.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.table import Table
+
+from drl_data.errors import DrlDataError, SpecError, UserError
+from drl_data.spec import Pipeline, StoreSpec
+
+if TYPE_CHECKING:
+    from drl_data.store import FeatureStore
+
+S = TypeVar("S")
+
+MAX_LISTED = 20
+"""Invalid rows that are printed one by one."""
+
+app = typer.Typer(
+    name="drl",
+    help="Precompute the inner features of diffusion models over image datasets.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+PipelineFile = Annotated[Path, typer.Argument(metavar="PIPELINE.yaml", help="Pipeline file.")]
+StoreUrl = Annotated[str, typer.Argument(metavar="STORE", help="Folder or URL of a store.")]
+OverrideStore = Annotated[str | None, typer.Option("--store", help="Store instead of the file's.")]
+OverrideTars = Annotated[
+    list[str] | None,
+    typer.Option("--tars", help="Tars instead of the file's: URL, or SPLIT=URL; repeatable."),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU if any.")]
+
+
+def main() -> None:
+    """Entry point: errors become messages and exit statuses."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app()
+    except KeyboardInterrupt:
+        err.print("interrupted; run the same command again to resume")
+        sys.exit(3)
+    except UserError as error:
+        err.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(2)
+    except DrlDataError as error:
+        err.print(f"[red]failed:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(1)
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+@app.callback()
+def _setup(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")] = False,
+) -> None:
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=err, show_path=False)],
+    )
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--out", help="Folder for data, store and report.")] = (
+        Path("demo-out")
+    ),
+) -> None:
+    """Real digits, a trained backbone, a store, a probe, a student and a report; offline, on a CPU."""
+    from drl_data.demo import run_demo
+    from drl_data.progress import console_progress
+
+    report = run_demo(folder, console_progress(), out.print)
+    out.print(f"report: {report}", soft_wrap=True)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this one.")] = None,
+) -> None:
+    """List the pipeline files that come with drl, or print one."""
+    from drl_data.recipes import find_recipe, recipe_names
+
+    if name is not None:
+        sys.stdout.write(find_recipe(name).read_text(encoding="utf-8"))
+        return
+    table = Table("name", "paper", "description", box=None)
+    for recipe in recipe_names():
+        pipeline = Pipeline.load(find_recipe(recipe))
+        table.add_row(recipe, pipeline.paper or "", pipeline.description)
+    out.print(table)
+
+
+@app.command()
+def index(
+    tars: Annotated[list[str], typer.Argument(help="Tars: paths or URLs, braces and globs.")],
+    path: Annotated[str, typer.Option("--out", help="Parquet file to write.")],
+) -> None:
+    """Index tars: key, place, label and caption of every sample."""
+    from drl_data.index import build_index
+    from drl_data.progress import console_progress
+    from drl_data.spec import DatasetSpec
+
+    found = build_index(DatasetSpec(tars={"all": tuple(tars)}), progress=console_progress())
+    found.save(path)
+    out.print(f"{found.n_samples} samples of {len(found.tars)} tars in {path}", soft_wrap=True)
+
+
+@app.command()
+def plan(file: PipelineFile, tars: OverrideTars = None, store: OverrideStore = None) -> None:
+    """Shapes, bytes and objects of a run, before it starts."""
+    from drl_data.plan import estimate
+    from drl_data.runs import prepare
+
+    prepared = prepare(_load(file, tars, store))
+    spec = prepared.spec
+    cost = estimate(prepared.arrays, spec.n_samples, len(prepared.times), spec.rows_per_unit)
+    table = Table("array", "tap", "shape", "dtype", "per sample", "in all", "objects", box=None)
+    for array, one in zip(prepared.arrays, cost.arrays, strict=True):
+        shape = "x".join(map(str, array.shape))
+        sizes = (format_bytes(one.bytes_per_sample), format_bytes(one.bytes_total))
+        table.add_row(array.name, array.tap, shape, array.dtype, *sizes, str(one.n_objects))
+    out.print(table)
+    out.print(
+        f"{spec.n_samples} samples x {len(prepared.times)} timesteps = "
+        f"{format_bytes(cost.bytes_total)} in {cost.n_objects} objects, {cost.n_units} units of "
+        f"{spec.rows_per_unit} rows; fingerprint {spec.fingerprint()}",
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def extract(
+    file: PipelineFile,
+    tars: OverrideTars = None,
+    store: OverrideStore = None,
+    executor: Annotated[Literal["local", "ray"] | None, typer.Option(help="Where to run.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Ray actors.")] = None,
+    gpus: Annotated[
+        float | None, typer.Option(help="GPUs of one actor; fractions allowed.")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="Address of a Ray cluster.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N samples.")] = None,
+    units: Annotated[str | None, typer.Option(help="Part I/N of the units, I from 0.")] = None,
+    shuffle: Annotated[int | None, typer.Option(help="Order of the units, by this seed.")] = None,
+) -> None:
+    """Compute what is pending in a pipeline's store; run it again to resume."""
+    from drl_data.progress import console_progress
+    from drl_data.runs import extract as run_extract
+
+    pipeline = _load(file, tars, store)
+    given = {
+        "executor": executor, "workers": workers, "gpus_per_worker": gpus, "address": address
+    }  # fmt: skip
+    changes = {key: value for key, value in given.items() if value is not None}
+    run = type(pipeline.run).model_validate({**pipeline.run.model_dump(), **changes})
+    summary = run_extract(
+        pipeline.model_copy(update={"run": run}),
+        limit=limit,
+        part=_parse_part(units),
+        shuffle_seed=shuffle,
+        progress=console_progress(),
+    )
+    if not summary.n_pending:
+        out.print(f"nothing left to do: {summary.n_units} units done, no backbone was started")
+    else:
+        rate = summary.n_ok / summary.wall_s
+        out.print(
+            f"{summary.n_ok} samples in {summary.wall_s:.1f} s ({rate:.1f}/s), "
+            f"{format_bytes(summary.n_bytes)} to {summary.store.url}",
+            soft_wrap=True,
+        )
+        stages = ", ".join(f"{name} {s:.1f}" for name, s in summary.stage_s.items())
+        out.print(f"seconds by stage, over all threads: {stages}", soft_wrap=True)
+    for unit, message in summary.failed:
+        err.print(f"[red]unit {unit.id} failed:[/] {escape(message)}", soft_wrap=True)
+    n_invalid = _print_invalid(summary.store)
+    raise typer.Exit(1 if summary.failed or n_invalid else 0)
+
+
+@app.command()
+def status(url: StoreUrl) -> None:
+    """Units done and pending, samples ok and invalid, with reasons; from receipts alone."""
+    from drl_data.store import FeatureStore
+
+    store = FeatureStore.open(url)
+    receipts = store.receipts()
+    n_ok = sum(receipt.n_ok for receipt in receipts.values())
+    state = "sealed" if store.sealed else "open"
+    out.print(
+        f"{url}: {state}, {len(receipts)} of {len(store.units)} units done, {n_ok} of "
+        f"{store.spec.n_samples} samples ok; fingerprint {store.fingerprint}",
+        soft_wrap=True,
+    )
+    for array in store.arrays:
+        shape = "x".join(map(str, array.shape))
+        out.print(f"  {array.name}: {array.tap} {shape} {array.dtype}", soft_wrap=True)
+    steps = ", ".join(f"{time.requested:g}" for time in store.times)
+    out.print(f"  timesteps: {steps}", soft_wrap=True)
+    raise typer.Exit(1 if _print_invalid(store) else 0)
+
+
+@app.command()
+def verify(
+    url: StoreUrl,
+    deep: Annotated[bool, typer.Option(help="Read every byte and check it.")] = False,
+) -> None:
+    """Check a store against its receipts: sizes, or with --deep checksums and values."""
+    from drl_data.store import FeatureStore
+
+    problems = FeatureStore.open(url).verify(deep=deep)
+    for problem in problems:
+        err.print(f"[red]problem:[/] {escape(str(problem))}", soft_wrap=True)
+    out.print(f"{url}: {len(problems)} problems", soft_wrap=True)
+    raise typer.Exit(1 if problems else 0)
+
+
+@app.command()
+def pretrain(file: PipelineFile, device: Device = None, tars: OverrideTars = None) -> None:
+    """Train a small pixel-space DDPM on the pipeline's tars; run it again to resume."""
+    from drl_data.index import build_index
+    from drl_data.pretrain import pretrain as run_pretrain
+    from drl_data.progress import console_progress
+
+    pipeline = _load(file, tars, None)
+    spec = _section(pipeline.pretrain, "pretrain", file)
+    found = build_index(pipeline.dataset)
+    folder = run_pretrain(spec, found, pipeline.images, device=device, progress=console_progress())
+    out.print(f"weights: {folder}", soft_wrap=True)
+
+
+@app.command()
+def probe(file: PipelineFile, device: Device = None, store: OverrideStore = None) -> None:
+    """Linear probes of every tap and timestep, trained together in one pass."""
+    from drl_data.progress import console_progress
+    from drl_data.tasks.probe import format_table, run_probe
+
+    out.print(format_table(run_probe(_load(file, None, store), device=device,
+                                     progress=console_progress())))  # fmt: skip
+
+
+@app.command()
+def distill(file: PipelineFile, device: Device = None, store: OverrideStore = None) -> None:
+    """Train a student on stored features, then on few labels, against one from scratch."""
+    from drl_data.progress import console_progress
+    from drl_data.tasks.distill import format_table, run_distill
+
+    out.print(format_table(run_distill(_load(file, None, store), device=device,
+                                       progress=console_progress())))  # fmt: skip
+
+
+@app.command()
+def report(file: PipelineFile, store: OverrideStore = None) -> None:
+    """Write report.html from a store and what the tasks found."""
+    from drl_data.report import write_report
+
+    out.print(f"report: {write_report(_load(file, None, store))}", soft_wrap=True)
+
+
+def _load(file: Path, tars: list[str] | None, store: str | None) -> Pipeline:
+    """The pipeline with what the command line may change: where, never what."""
+    pipeline = Pipeline.load(file)
+    if tars:
+        splits: dict[str, tuple[str, ...]] = {}
+        for item in tars:
+            split, _, url = item.rpartition("=") if "=" in item.split("/")[0] else ("all", "", item)
+            splits[split] = (*splits.get(split, ()), url)
+        dataset = pipeline.dataset.model_copy(update={"tars": splits})
+        pipeline = pipeline.model_copy(update={"dataset": dataset})
+    if store is not None:
+        pipeline = pipeline.model_copy(update={"store": StoreSpec(url=store)})
+    return pipeline
+
+
+def _section(section: S | None, name: str, file: Path) -> S:
+    if section is None:
+        raise SpecError(f"{file} has no section `{name}:`")
+    return section
+
+
+def _parse_part(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or int(match[2]) == 0:
+        raise SpecError(f"--units {text!r}: want I/N with 0 <= I < N, for example 0/4")
+    return int(match[1]), int(match[2])
+
+
+def _print_invalid(store: FeatureStore) -> int:
+    """List the rows that have no features, at most 20; returns how many there are."""
+    rows = [row for receipt in store.receipts().values() for row in receipt.invalid]
+    for row in rows[:MAX_LISTED]:
+        err.print(
+            f"[yellow]invalid:[/] row {row.row}, {escape(row.key)}: {row.stage}: "
+            f"{escape(row.reason)}",
+            soft_wrap=True,
+        )
+    if len(rows) > MAX_LISTED:
+        err.print(f"... and {len(rows) - MAX_LISTED} more; samples.parquet has them all")
+    return len(rows)
+
+
+def format_bytes(n: float) -> str:
+    """1536 -> '1.5 KB'; powers of 1000."""
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if n < 1000:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} PB"

@@ -1,0 +1,390 @@
+"""One unit: read, encode, denoise, reduce, write; timed. Knows no Ray and starts nothing by itself.
+
+An `ExtractTask` holds the weights and is called with one unit at a time, from several threads at
+once: while one unit computes, the next one reads and the one before it writes. Memory in flight is
+bounded by a budget in bytes.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import queue
+import resource
+import socket
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from drl_data.backbones import Backbone, ModelFolder, load_backbone
+from drl_data.errors import FeatureError, StoreMismatchError, TapError
+from drl_data.features import FeatureComputer
+from drl_data.images import ImageBatch, read_batches
+from drl_data.plan import InvalidRow, Unit
+from drl_data.receipts import Receipt, RunRecord, UnitCounts
+from drl_data.reduce import TORCH_DTYPES, to_storage
+from drl_data.spec import (
+    ArraySpec,
+    BackboneSpec,
+    ConditionSpec,
+    FeatureSpec,
+    ResolvedTime,
+    RunSpec,
+    file_digest,
+)
+from drl_data.store import FeatureStore
+from drl_data.taps import ResolvedTap, resolve
+
+RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "numpy", "pillow", "drl-data")
+
+
+class ExtractTask:
+    """Computes units of one store; safe to call from several threads.
+
+    `computers` are as many as units may compute at a time: one on a GPU; on a CPU one for each
+    core, each computing with one thread, because the bits of a convolution depend on the number of
+    threads and a store's must not.
+    """
+
+    def __init__(
+        self, store: FeatureStore, computers: Sequence[FeatureComputer], run: RunSpec
+    ) -> None:
+        self._store = store
+        self._spec = store.spec
+        self._index = store.index
+        self._run = run
+        self._device = computers[0].backbone.device
+        self._computers: queue.SimpleQueue[FeatureComputer] = queue.SimpleQueue()
+        for computer in computers:
+            self._computers.put(computer)
+        self._budget = ByteBudget(run.memory_bytes)
+
+    def __call__(self, unit: Unit, attempt: int = 1) -> Receipt:
+        """Compute and write one unit; returns the receipt that the store holds in the end.
+
+        Raises:
+            FeatureError: features not finite, or past the storage dtype's range with
+                `overflow: error`.
+            InputError: a tar that changed since it was indexed.
+            ObjectError: storage that failed.
+        """
+        clock = Clock(self._device)
+        per_row = sum(array.bytes_per_row for array in self._store.arrays)
+        features_bytes = len(self._store.times) * unit.n_rows * per_row
+        prefetch_bytes = max(self._run.memory_bytes // 32, 1)
+        with self._budget.reserve(features_bytes + prefetch_bytes):
+            batches = read_batches(
+                unit,
+                self._index,
+                self._spec.images,
+                batch_size=self._spec.batch_size,
+                n_threads=self._run.decode_threads,
+                prefetch_bytes=prefetch_bytes,
+            )
+            with closing(batches):
+                primed = itertools.chain([next(batches)], batches)  # reads while others compute
+                computer = self._computers.get()
+                try:
+                    computed = self._compute_unit(unit, primed, computer, clock)
+                finally:
+                    self._computers.put(computer)
+            return self._store.write(
+                unit,
+                {name: _as_numpy(x) for name, x in computed.features.items()},
+                computed.invalid,
+                RunRecord(
+                    seconds=clock.seconds(),
+                    peak_bytes=_peak_bytes(self._device),
+                    host=socket.gethostname(),
+                    device=_device_name(self._device),
+                    versions=_versions(),
+                    attempt=attempt,
+                ),
+                UnitCounts(input_bytes=computed.input_bytes, clipped=computed.clipped),
+            )
+
+    def _compute_unit(
+        self, unit: Unit, batches: Iterator[ImageBatch], computer: FeatureComputer, clock: Clock
+    ) -> _Computed:
+        features = {
+            array.name: torch.empty(
+                (len(self._store.times), unit.n_rows, *array.shape),
+                dtype=TORCH_DTYPES[array.dtype],
+                pin_memory=self._device.type == "cuda",
+            )
+            for array in self._store.arrays
+        }
+        computed = _Computed(features)
+        overflowed: list[tuple[str, int, Tensor]] = []
+        for batch in clock.waiting(batches):
+            clock.add("read", batch.read_s)
+            clock.add("decode", batch.decode_s)
+            computed.input_bytes += batch.n_bytes
+            computed.invalid.extend(batch.invalid)
+            rows = _valid_positions(batch)
+            if not rows:
+                continue
+            place = [batch.start - unit.start + row for row in rows]
+            keys = [*batch.keys, *[""] * (len(batch.pixels) - batch.n_rows)]
+            for t, captured in computer.compute(batch.pixels, keys, clock):
+                with clock.stage("copy"):
+                    for name, x in captured.items():
+                        chosen = x[: batch.n_rows] if len(rows) == batch.n_rows else x[rows]
+                        cast, count = to_storage(
+                            chosen, self._spec.dtype, clip=self._spec.overflow == "clip"
+                        )
+                        overflowed.append((name, t, count))
+                        _copy_rows(features[name][t], place, cast)
+        clock.synchronize()
+        computed.clipped = self._check_overflow(unit, overflowed)
+        return computed
+
+    def _check_overflow(
+        self, unit: Unit, counts: Sequence[tuple[str, int, Tensor]]
+    ) -> dict[str, int]:
+        """Clipped values of each array that has any.
+
+        Raises:
+            FeatureError: if there are any and the spec does not allow clipping.
+        """
+        totals: dict[tuple[str, int], int] = defaultdict(int)
+        for name, t, count in counts:
+            totals[name, t] += int(count)
+        over = {place: n for place, n in totals.items() if n}
+        if over and self._spec.overflow == "error":
+            lines = ", ".join(
+                f"{name} at timestep {self._store.times[t].requested:g}: {n} values"
+                for (name, t), n in over.items()
+            )
+            raise FeatureError(
+                f"unit {unit.id}: {lines} are too large for {self._spec.dtype}; set "
+                "`features.dtype: bfloat16` or float32, or `features.overflow: clip`"
+            )
+        clipped: dict[str, int] = defaultdict(int)
+        for (name, _), n in over.items():
+            clipped[name] += n
+        return dict(clipped)
+
+
+def make_task(
+    store_url: str,
+    backbone: BackboneSpec,
+    condition: ConditionSpec,
+    run: RunSpec,
+    n_cpus: int,
+    device: str | None = None,
+) -> ExtractTask:
+    """Open the store and load the weights: what an executor runs once in each worker.
+
+    `backbone` and `condition` say where the files are whose digests the store's spec holds.
+    `n_cpus` is how many units may compute at a time where there is no GPU. `device` defaults to
+    the first visible GPU, else the CPU.
+
+    Raises:
+        StoreMismatchError: if the weights are not those that the store was made for.
+        TapError: if the model has other modules than when the store was made.
+    """
+    store = FeatureStore.open(store_url)
+    folder = ModelFolder.find(backbone)
+    found = {"weights": folder.digest(), **condition_files(condition)}
+    wanted = {"weights": store.spec.weights, **store.spec.condition_files}
+    if found != wanted:
+        raise StoreMismatchError(
+            f"{store_url} was made with {wanted}, but {folder.root} and the condition's files have "
+            f"{found}; give the same files, or another store"
+        )
+    use_exact_float32()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load_backbone(folder, device)
+    computer = FeatureComputer(
+        loaded, _frozen_taps(loaded, store), loaded.conditioning(condition), store.times, store.spec
+    )
+    if loaded.device.type != "cpu":
+        return ExtractTask(store, [computer], run)
+    torch.set_num_threads(1)
+    replicas = [computer.replica() for _ in range(n_cpus - 1)]
+    return ExtractTask(store, [computer, *replicas], run)
+
+
+@contextmanager
+def restored_threads() -> Iterator[None]:
+    """Gives the process back its number of threads after tasks on a CPU have set it."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def condition_files(condition: ConditionSpec) -> dict[str, str]:
+    """Digests of the files that a condition names, as a `FeatureSpec` holds them."""
+    path = condition.prompt_embeddings
+    return {} if path is None else {"prompt_embeddings": file_digest(path)}
+
+
+def resolve_features(
+    folder: ModelFolder, spec: FeatureSpec, condition: ConditionSpec
+) -> tuple[tuple[ArraySpec, ...], tuple[ResolvedTime, ...]]:
+    """Arrays and timesteps of a spec from the structure of its model alone, on the meta device.
+
+    Raises:
+        SpecError, TapError: if the model cannot do what the spec asks for.
+    """
+    backbone = load_backbone(folder, "meta")
+    taps = resolve(backbone.network, spec.taps)
+    times = backbone.schedule.resolve(spec.schedule)
+    arrays = backbone.arrays(taps, spec.images, condition, times[0], spec.dtype)
+    return arrays, times
+
+
+def use_exact_float32() -> None:
+    """Let float32 mean float32: NVIDIA's convolutions would silently round to TF32."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def _frozen_taps(backbone: Backbone, store: FeatureStore) -> tuple[ResolvedTap, ...]:
+    """The taps resolved against this model, refused if they are not those that the store froze."""
+    taps = resolve(backbone.network, store.spec.taps)
+    now = [(tap.name, tap.address) for tap in taps]
+    frozen = [(array.name, array.tap) for array in store.arrays]
+    if now != frozen:
+        raise TapError(
+            f"{store.url}: the taps resolve differently than when the store was made.\n"
+            f"  store: {', '.join(address for _, address in frozen)}\n"
+            f"  now:   {', '.join(address for _, address in now)}\n"
+            "Use the library versions that the store's receipts record, or another store."
+        )
+    return taps
+
+
+@dataclass
+class _Computed:
+    """What computing a unit leaves for the writer; features [t, rows, *shape] on the host."""
+
+    features: dict[str, Tensor]
+    invalid: list[InvalidRow] = field(default_factory=list)
+    input_bytes: int = 0
+    clipped: dict[str, int] = field(default_factory=dict)
+
+
+def _valid_positions(batch: ImageBatch) -> list[int]:
+    bad = {row.row - batch.start for row in batch.invalid}
+    return [i for i in range(batch.n_rows) if i not in bad]
+
+
+def _copy_rows(host: Tensor, rows: Sequence[int], x: Tensor) -> None:
+    """host[rows] = x, without waiting for the device where the rows are one run."""
+    if rows[-1] - rows[0] + 1 == len(rows):
+        host[rows[0] : rows[-1] + 1].copy_(x, non_blocking=True)
+    else:
+        host[list(rows)] = x.to(host.device)
+
+
+def _as_numpy(x: Tensor) -> np.ndarray:
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+
+
+class ByteBudget:
+    """A bound on bytes in flight; who asks for more than the whole budget waits to be alone."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._used = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def reserve(self, n_bytes: int) -> Iterator[None]:
+        """Hold `n_bytes` of the budget; blocks until they are free."""
+        n_bytes = min(n_bytes, self._total)
+        with self._changed:
+            self._changed.wait_for(lambda: self._used + n_bytes <= self._total)
+            self._used += n_bytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= n_bytes
+                self._changed.notify_all()
+
+
+class Clock:
+    """Seconds by stage; on a GPU by events, so that timing does not synchronise."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    def add(self, stage: str, seconds: float) -> None:
+        """Add seconds that were measured elsewhere."""
+        self._seconds[stage] += seconds
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time what happens inside."""
+        if self._cuda:
+            begin, end = (
+                torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+                for _ in range(2)
+            )
+            begin.record()
+            yield
+            end.record()
+            self._events.append((name, begin, end))
+        else:
+            start = time.perf_counter()
+            yield
+            self._seconds[name] += time.perf_counter() - start
+
+    def waiting(self, batches: Iterator[ImageBatch]) -> Iterator[ImageBatch]:
+        """The same batches; the time until each one comes is `wait`."""
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self._seconds["wait"] += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    def synchronize(self) -> None:
+        """Wait for the device; the one synchronisation of a unit."""
+        if self._cuda:
+            torch.cuda.current_stream().synchronize()
+
+    def seconds(self) -> dict[str, float]:
+        """Totals so far."""
+        for name, begin, end in self._events:
+            self._seconds[name] += begin.elapsed_time(end) / 1000
+        self._events.clear()
+        return dict(self._seconds)
+
+
+def _peak_bytes(device: torch.device) -> int:
+    """Peak memory of the GPU, or of the process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for package in RECORDED_PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # run from a checkout, or an optional package
+    return found

@@ -1,0 +1,196 @@
+"""One pipeline from its file to a sealed store: index, resolve, create, compute what is pending."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from drl_data.backbones import ModelFolder
+from drl_data.errors import SpecError
+from drl_data.executors import Outcome, run_local, run_ray
+from drl_data.extract import condition_files, make_task, resolve_features, restored_threads
+from drl_data.index import SampleIndex, build_index, is_current
+from drl_data.plan import Unit, auto_rows_per_unit, select_units
+from drl_data.progress import SILENT, Progress
+from drl_data.receipts import Receipt
+from drl_data.spec import (
+    ArraySpec,
+    BackboneSpec,
+    FeatureSpec,
+    Pipeline,
+    ResolvedTime,
+    ScheduleSpec,
+    StoreSpec,
+)
+from drl_data.store import FeatureStore
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A pipeline resolved against its data and its model: all that is known before a GPU works."""
+
+    index: SampleIndex
+    spec: FeatureSpec
+    arrays: tuple[ArraySpec, ...]
+    times: tuple[ResolvedTime, ...]
+
+
+@dataclass
+class RunSummary:
+    """What a run did; the numbers are sums over the receipts of the units it computed."""
+
+    store: FeatureStore
+    n_units: int
+    n_pending: int
+    n_ok: int = 0
+    n_invalid: int = 0
+    n_bytes: int = 0
+    wall_s: float = 0.0
+    stage_s: Counter[str] = field(default_factory=Counter)
+    failed: list[tuple[Unit, str]] = field(default_factory=list)
+
+
+def prepare(pipeline: Pipeline) -> Prepared:
+    """Index the tars, read the model's structure, resolve taps, timesteps, shapes and unit size.
+
+    No weights are loaded. Where the store exists already its index is reused if the tars have not
+    changed, and its arrays if the spec is the same.
+
+    Raises:
+        UserError: whatever is wrong with the pipeline, its tars or its model.
+    """
+    backbone, schedule, store_spec = required_sections(pipeline)
+    store = FeatureStore.open(store_spec.url) if FeatureStore.exists(store_spec.url) else None
+    if store is not None and is_current(store.index, pipeline.dataset):
+        index = store.index
+    else:
+        index = build_index(pipeline.dataset)
+    folder = ModelFolder.find(backbone)
+    draft = FeatureSpec(
+        dataset=index.digest(),
+        n_samples=index.n_samples,
+        images=pipeline.images,
+        weights=folder.digest(),
+        backbone_dtype=backbone.dtype,
+        latents=pipeline.latents,
+        # Where the embeddings lie is no content; their digest is.
+        condition=pipeline.condition.model_copy(update={"prompt_embeddings": None}),
+        condition_files=condition_files(pipeline.condition),
+        schedule=schedule,
+        noise=pipeline.noise,
+        taps=pipeline.taps,
+        dtype=pipeline.features.dtype,
+        batch_size=pipeline.features.batch_size,
+        rows_per_unit=1,
+        overflow=pipeline.features.overflow,
+    )
+    wanted = pipeline.features.rows_per_unit
+    if store is not None:
+        rows = store.spec.rows_per_unit if wanted == "auto" else wanted
+        spec = draft.model_copy(update={"rows_per_unit": rows})
+        if spec == store.spec:
+            return Prepared(index, spec, store.arrays, store.times)
+    arrays, times = resolve_features(folder, draft, pipeline.condition)
+    if wanted == "auto":
+        wanted = auto_rows_per_unit(arrays, index.n_samples, draft.batch_size)
+    return Prepared(index, draft.model_copy(update={"rows_per_unit": wanted}), arrays, times)
+
+
+def extract(
+    pipeline: Pipeline,
+    *,
+    limit: int | None = None,
+    part: tuple[int, int] | None = None,
+    shuffle_seed: int | None = None,
+    progress: Progress = SILENT,
+) -> RunSummary:
+    """Compute every pending unit of a pipeline's store, and seal the store when none is left.
+
+    `limit` stops after the units that hold the first `limit` rows, `part` (i, n) takes the i-th of
+    n parts (from 0), `shuffle_seed` changes the order of the units; none of them changes a byte.
+
+    Raises:
+        UserError: whatever is wrong with the pipeline, its tars, its model, or its store.
+        ExecutionError: if no worker is left.
+    """
+    prepared = prepare(pipeline)
+    _, _, store_spec = required_sections(pipeline)
+    store = FeatureStore.create(
+        store_spec.url, prepared.spec, prepared.arrays, prepared.times, prepared.index
+    )
+    units = [u for u in store.units if limit is None or u.start < limit]
+    if part is not None:
+        units = select_units(units, *part)
+    pending = store.pending(units)
+    if shuffle_seed is not None:
+        random.Random(shuffle_seed).shuffle(pending)
+    summary = RunSummary(store, n_units=len(units), n_pending=len(pending))
+    start = time.perf_counter()
+    n_rows = sum(unit.n_rows for unit in pending)
+    if pending:
+        with restored_threads(), progress.bar("extract", n_rows, "images") as bar:
+            for outcome in run(pipeline, pending):
+                _add(summary, outcome)
+                bar.advance(outcome.unit.n_rows, failed=len(summary.failed))
+    summary.wall_s = time.perf_counter() - start
+    if not store.sealed and not store.pending():
+        store.seal()
+    return summary
+
+
+def run(pipeline: Pipeline, units: Sequence[Unit]) -> Iterator[Outcome[Receipt]]:
+    """Hand the units to the executor that `pipeline.run` names."""
+    backbone, _, store_spec = required_sections(pipeline)
+    settings = pipeline.run
+    local = settings.executor == "local"
+    n_cpus = torch.get_num_threads() if local else max(int(settings.cpus_per_worker), 1)
+    task = partial(make_task, store_spec.url, backbone, pipeline.condition, settings, n_cpus)
+    leases = settings.leases or n_cpus + 2
+    if local:
+        return run_local(task, units, leases=leases, max_attempts=settings.max_attempts)
+    return run_ray(
+        task,
+        units,
+        workers=settings.workers,
+        gpus_per_worker=settings.gpus_per_worker,
+        cpus_per_worker=settings.cpus_per_worker,
+        address=settings.address,
+        leases=leases,
+        max_attempts=settings.max_attempts,
+    )
+
+
+def required_sections(pipeline: Pipeline) -> tuple[BackboneSpec, ScheduleSpec, StoreSpec]:
+    """The sections that extraction cannot do without.
+
+    Raises:
+        SpecError: naming those that the pipeline lacks.
+    """
+    backbone, schedule, store = pipeline.backbone, pipeline.schedule, pipeline.store
+    if backbone is None or schedule is None or store is None or not pipeline.taps:
+        sections = {
+            "backbone": backbone, "schedule": schedule, "store": store, "taps": pipeline.taps
+        }  # fmt: skip
+        missing = ", ".join(name for name, section in sections.items() if not section)
+        raise SpecError(f"pipeline {pipeline.name!r} lacks {missing}; extraction needs them")
+    return backbone, schedule, store
+
+
+def _add(summary: RunSummary, outcome: Outcome[Receipt]) -> None:
+    receipt = outcome.result
+    if receipt is None:
+        summary.failed.append((outcome.unit, outcome.error or "unknown"))
+        return
+    summary.n_ok += receipt.n_ok
+    summary.n_invalid += receipt.n_invalid
+    summary.n_bytes += sum(record.n_bytes for record in receipt.objects)
+    summary.stage_s.update(receipt.run.seconds)

@@ -1,0 +1,200 @@
+"""Taps: named tensors inside a model. Parse, resolve against the module tree, capture by hooks.
+
+    tap     = pattern ["@" site ["." part]]
+    pattern = dotted module path; `*` matches within one component, `**` any number of them
+    site    = "out" (default) | "in"
+    part    = position in the tuple that the module returns, or is called with (default: the first
+              tensor)
+
+Examples: `mid_block`, `up_blocks.*.resnets.*`, `up_blocks.1.resnets.2@in`, `down_blocks.0@out.0`.
+
+Hooks sit on the library's own modules and its forward is never rewritten. When the last tap has
+fired the forward is abandoned by a private exception, so nothing past it is computed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from drl_data.errors import TapError
+from drl_data.spec import TapSpec
+
+SITES = ("out", "in")
+
+
+@dataclass(frozen=True)
+class ResolvedTap:
+    """One tensor of one module: `name` is the array's, `module` the exact dotted path."""
+
+    name: str
+    module: str
+    site: str
+    part: int | None
+    reduce: tuple[str, ...] = ()
+
+    @property
+    def address(self) -> str:
+        """`module@site[.part]`, without globs: what the store records."""
+        return f"{self.module}@{self.site}" + ("" if self.part is None else f".{self.part}")
+
+
+_TAP = re.compile(r"^(?P<pattern>[^@\s]+)(?:@(?P<site>[a-z_]+)(?:\.(?P<part>\d+))?)?$")
+
+
+def parse(path: str) -> tuple[str, str, int | None]:
+    """Split `pattern[@site][.part]` into (pattern, site, part).
+
+    Raises:
+        TapError: if the text is not a tap.
+    """
+    match = _TAP.match(path)
+    if match is None or (match["site"] or "out") not in SITES:
+        raise TapError(
+            f"tap {path!r}: want module.path[@site][.part] with site one of {', '.join(SITES)}, "
+            "for example 'mid_block', 'up_blocks.1@in' or 'down_blocks.0@out.0'"
+        )
+    part = match["part"]
+    return match["pattern"], match["site"] or "out", None if part is None else int(part)
+
+
+def resolve(model: nn.Module, taps: Sequence[TapSpec]) -> tuple[ResolvedTap, ...]:
+    """Expand globs against the module tree of `model`; in the order of `taps`, then of the tree.
+
+    Raises:
+        TapError: if a tap matches nothing (the nearest modules are named), if two arrays would
+            have one name, or if no tap is given.
+    """
+    modules = [name for name, _ in model.named_modules() if name]
+    resolved = [tap for spec in taps for tap in _resolve_one(spec, modules)]
+    if not resolved:
+        raise TapError("no taps: a pipeline needs at least one under `taps:`")
+    seen: dict[str, ResolvedTap] = {}
+    for tap in resolved:
+        if tap.name in seen:
+            raise TapError(
+                f"taps {seen[tap.name].address} and {tap.address} would both be the array "
+                f"{tap.name!r}; give one of them a `name:`"
+            )
+        seen[tap.name] = tap
+    return tuple(resolved)
+
+
+def _resolve_one(spec: TapSpec, modules: Sequence[str]) -> list[ResolvedTap]:
+    pattern, site, part = parse(spec.path)
+    expression = re.compile(_glob_to_regex(pattern))
+    matches = [name for name in modules if expression.fullmatch(name)]
+    if not matches:
+        near = difflib.get_close_matches(pattern, modules, n=5, cutoff=0.3) or list(modules[:5])
+        raise TapError(
+            f"tap {spec.path!r} matches no module of this model; nearest: {', '.join(near)} "
+            "(`drl taps MODEL` lists them all)"
+        )
+    if spec.name is not None and len(matches) > 1:
+        raise TapError(
+            f"tap {spec.path!r} has the name {spec.name!r} but matches {len(matches)} modules: "
+            f"{', '.join(matches)}; leave `name` out, or name one module"
+        )
+    suffix = ("" if site == "out" else f"-{site}") + ("" if part is None else f"-{part}")
+    return [
+        ResolvedTap(spec.name or f"{module}{suffix}", module, site, part, spec.reduce)
+        for module in matches
+    ]
+
+
+def _glob_to_regex(pattern: str) -> str:
+    pieces = re.split(r"(\*\*|\*|\?)", pattern)
+    wild = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
+    return "".join(wild.get(piece, re.escape(piece)) for piece in pieces)
+
+
+class _LastTapReached(BaseException):  # a signal, not an error; nothing may catch it
+    """Raised from a hook to leave the forward; a BaseException so that no model swallows it."""
+
+
+def capture(
+    model: nn.Module,
+    taps: Sequence[ResolvedTap],
+    forward: Callable[[], object],
+    transform: Callable[[ResolvedTap, Tensor], Tensor],
+    *,
+    stop_early: bool = True,
+) -> dict[str, Tensor]:
+    """Run `forward` once and return {tap name: transform(tap, tensor)}.
+
+    `transform` runs inside the hook, before the model can change the tensor in place. A module
+    that is called several times in one forward gives the tensor of its first call. With
+    `stop_early` the forward ends at the last tap; the tensors are the same either way.
+
+    Raises:
+        TapError: if a tap did not fire, or fired with something that holds no tensor.
+    """
+    captured: dict[str, Tensor] = {}
+
+    def take(tap: ResolvedTap, value: object) -> None:
+        if tap.name in captured:
+            return
+        captured[tap.name] = transform(tap, _tensor_of(tap, value))
+        if stop_early and len(captured) == len(taps):
+            raise _LastTapReached
+
+    handles = [_hook(model.get_submodule(tap.module), tap, take) for tap in taps]
+    try:
+        forward()
+    except _LastTapReached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    missing = [tap.address for tap in taps if tap.name not in captured]
+    if missing:
+        raise TapError(
+            f"the forward never reached {', '.join(missing)}: the module exists but is not called "
+            "with this conditioning; tap another module"
+        )
+    return captured
+
+
+def _hook(
+    module: nn.Module, tap: ResolvedTap, take: Callable[[ResolvedTap, object], None]
+) -> torch.utils.hooks.RemovableHandle:
+    if tap.site == "in":
+
+        def before(_: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+            take(tap, (*args, *kwargs.values()))
+
+        return module.register_forward_pre_hook(before, with_kwargs=True)
+
+    def after(_: nn.Module, args: tuple[object, ...], output: object) -> None:
+        take(tap, output)
+
+    return module.register_forward_hook(after)
+
+
+def _tensor_of(tap: ResolvedTap, value: object) -> Tensor:
+    """The tensor itself, the `part`-th entry of a tuple, or the first tensor of many."""
+    if isinstance(value, Tensor) and tap.part is None:
+        return value
+    entries = tuple(value.values()) if isinstance(value, Mapping) else value
+    if isinstance(entries, tuple | list):
+        chosen = entries if tap.part is None else entries[tap.part : tap.part + 1]
+        for entry in chosen:
+            if isinstance(entry, Tensor):
+                return entry
+    raise TapError(
+        f"tap {tap.address}: no tensor there, the module gave {_describe(value)}; "
+        "choose an entry with @out.N or @in.N"
+    )
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, tuple | list):
+        return "(" + ", ".join(_describe(entry) for entry in value) + ")"
+    if isinstance(value, Tensor):
+        return f"tensor{list(value.shape)}"
+    return type(value).__name__

@@ -1,0 +1,200 @@
+"""Public doubles for tests: tiny backbones in the real layout, small tars of real photographs,
+tasks that fail on schedule.
+
+    save_tiny_ddpm / _stable_diffusion / _dit    model folders that `from_pretrained` loads
+    write_photo_tars                             crops of the photographs that scikit-learn ships
+    Schedule                                     per unit and attempt: run, fail, or die
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import numpy as np
+import torch
+import webdataset
+from PIL import Image
+
+from drl_data.errors import ObjectError
+from drl_data.plan import Unit
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+R = TypeVar("R")
+
+
+def save_tiny_ddpm(folder: Path, *, seed: int = 0, channels: int = 3, size: int = 16) -> Path:
+    """A `DDPMPipeline` folder of a UNet2DModel with some 100,000 random weights."""
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(seed)
+    network = UNet2DModel(
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+        attention_head_dim=8,
+    )
+    DDPMPipeline(network, DDPMScheduler()).save_pretrained(folder)
+    return folder
+
+
+def save_tiny_stable_diffusion(folder: Path, *, seed: int = 0) -> Path:
+    """The folder of a Stable Diffusion pipeline: unet, vae, text_encoder, tokenizer, scheduler."""
+    from diffusers import PNDMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(seed)
+    UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=24,
+        norm_num_groups=8,
+        attention_head_dim=8,
+    ).save_pretrained(folder / "unet")
+    _tiny_vae().save_pretrained(folder / "vae")
+    PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True
+    ).save_pretrained(folder / "scheduler")
+    n_tokens = _save_tiny_tokenizer(folder / "tokenizer")
+    CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=n_tokens,
+            hidden_size=24,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            bos_token_id=n_tokens - 2,
+            eos_token_id=n_tokens - 1,
+        )
+    ).save_pretrained(folder / "text_encoder")
+    return folder
+
+
+def save_tiny_dit(folder: Path, *, seed: int = 0) -> Path:
+    """The folder of a DiT pipeline: transformer, vae, scheduler; 10 classes and the null class."""
+    from diffusers import DDIMScheduler, DiTTransformer2DModel
+
+    torch.manual_seed(seed)
+    network = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=8,
+        num_layers=3,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=10,
+        norm_num_groups=8,
+    )
+    for parameter in network.parameters():  # adaLN-zero blocks would be the identity
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+    network.save_pretrained(folder / "transformer")
+    _tiny_vae().save_pretrained(folder / "vae")
+    DDIMScheduler().save_pretrained(folder / "scheduler")
+    return folder
+
+
+def _tiny_vae() -> AutoencoderKL:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+
+
+def _save_tiny_tokenizer(folder: Path) -> int:
+    """CLIP's tokenizer files over single letters; returns the size of the vocabulary."""
+    from transformers import CLIPTokenizer
+
+    folder.mkdir(parents=True)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77})
+    )
+    CLIPTokenizer.from_pretrained(folder, local_files_only=True).save_pretrained(folder)
+    return len(words)
+
+
+def write_photo_tars(folder: Path, *, n_samples: int, n_tars: int = 2, size: int = 40) -> Path:
+    """Tars of JPEG crops of two real photographs; label 0 is the temple, 1 the flower.
+
+    Files `photos-000000.tar` ...; members `crop-0000.jpg`, `crop-0000.cls`, `crop-0000.txt`.
+    Bytes are reproducible.
+    """
+    from sklearn.datasets import load_sample_image
+
+    photos = [load_sample_image(name) for name in ("china.jpg", "flower.jpg")]
+    generator = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    per_tar = -(-n_samples // n_tars)
+    for tar in range(n_tars):
+        with webdataset.TarWriter(str(folder / f"photos-{tar:06d}.tar"), mtime=0) as writer:
+            for i in range(tar * per_tar, min((tar + 1) * per_tar, n_samples)):
+                photo = photos[i % 2]
+                top, left = (int(generator.integers(0, side - size)) for side in photo.shape[:2])
+                buffer = io.BytesIO()
+                crop = Image.fromarray(photo[top : top + size, left : left + size])
+                crop.save(buffer, "JPEG", quality=90)
+                writer.write(
+                    {
+                        "__key__": f"crop-{i:04d}",
+                        "jpg": buffer.getvalue(),
+                        "cls": str(i % 2).encode(),
+                        "txt": ("a temple", "a flower")[i % 2].encode(),
+                    }
+                )
+    return folder
+
+
+@dataclass
+class Schedule(Generic[R]):
+    """A task that fails as a table says: {(unit id, attempt): what to do}, and else runs `task`.
+
+    `fail` raises ObjectError, which executors try again; `error` raises ValueError, which they do
+    not; `die` ends the process without a word, as a segmentation fault or the OOM killer would.
+    """
+
+    make_task: Callable[[], Callable[[Unit, int], R]]
+    table: Mapping[tuple[int, int], str] = field(default_factory=dict)
+
+    def __call__(self) -> Callable[[Unit, int], R]:
+        """Make the task, as executors expect."""
+        task = self.make_task()
+
+        def run(unit: Unit, attempt: int) -> R:
+            action = self.table.get((unit.id, attempt), "run")
+            if action == "fail":
+                raise ObjectError(f"unit {unit.id}, attempt {attempt}: scheduled failure")
+            if action == "error":
+                raise ValueError(f"unit {unit.id}, attempt {attempt}: scheduled error")
+            if action == "die":
+                os._exit(1)
+            return task(unit, attempt)
+
+        return run
