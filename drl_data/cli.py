@@ -38,7 +38,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console()
+LOG_WIDTH = None if sys.stdout.isatty() else 120
+"""Columns of tables in a log; a terminal says itself how wide it is."""
+out = Console(width=LOG_WIDTH)
 err = Console(stderr=True)
 
 PipelineFile = Annotated[Path, typer.Argument(metavar="PIPELINE.yaml", help="Pipeline file.")]
@@ -88,7 +90,7 @@ def demo(
         Path("demo-out")
     ),
 ) -> None:
-    """Real digits, a trained backbone, a store, a probe, a student and a report; offline, on a CPU."""
+    """Real digits, a trained backbone, a store, a probe, a student, a report; offline, on a CPU."""
     from drl_data.demo import run_demo
     from drl_data.progress import console_progress
 

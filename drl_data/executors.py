@@ -150,15 +150,15 @@ class _Worker(Generic[R]):
     """The actor: makes its task once, then computes units in threads."""
 
     def __init__(self, make_task: Callable[[], Task[R]]) -> None:
-        self._error: str | None = None
         self._task: Task[R] | None = None
+        self._error: tuple[str, bool] | None = None
         try:
             self._task = make_task()
-        except UserError as error:
-            self._error = str(error)
+        except Exception as error:
+            self._error = describe(error), isinstance(error, UserError)
 
-    def ready(self) -> str | None:
-        """The user's mistake that kept the task from being made, if any."""
+    def ready(self) -> tuple[str, bool] | None:
+        """What kept the task from being made, and whether it is the user's mistake; or None."""
         return self._error
 
     def compute(self, unit: Unit, attempt: int) -> tuple[R | None, str | None, bool]:
@@ -224,24 +224,26 @@ class _RayDriver(Generic[R]):
 
     def _settle(self, ref: ray.ObjectRef) -> Iterator[Outcome[R]]:
         import ray
-        from ray.exceptions import RayError, RayTaskError
+        from ray.exceptions import RayError
 
         if ref not in self.pending:
             return  # a lease of an actor whose death was settled already
         slot, lease = self.pending.pop(ref)
         try:
             value = ray.get(ref)
-        except RayTaskError as error:
-            raise ExecutionError(f"a worker could not start: {error}") from error
         except RayError as error:
-            yield from self._bury(slot, lease, error)
+            yield from self._bury(slot, lease, _first_line(error), error)
+            return
+        if lease is None:
+            if value is None:
+                slot.ready = True
+            elif value[1]:
+                raise UserError(value[0])
+            else:  # of this machine, perhaps: another actor may start elsewhere
+                ray.kill(slot.actor)
+                yield from self._bury(slot, None, value[0])
             return
         slot.deaths = 0
-        if lease is None:
-            if value is not None:
-                raise UserError(value)
-            slot.ready = True
-            return
         unit, attempt = lease
         result, message, transient = value
         if message is None:
@@ -253,19 +255,25 @@ class _RayDriver(Generic[R]):
             yield Outcome(unit, None, message, attempt)
 
     def _bury(
-        self, slot: _Slot, lease: tuple[Unit, int] | None, error: Exception
+        self,
+        slot: _Slot,
+        lease: tuple[Unit, int] | None,
+        cause: str,
+        error: Exception | None = None,
     ) -> Iterator[Outcome[R]]:
-        """An actor died: its leases go back to the queue, and the slot gets another actor.
+        """An actor is gone: its leases go back to the queue, and its slot gets another actor.
 
         Each of its leases is charged an attempt, unless the node was preempted; which of them
         killed it is not known.
         """
         preempted = bool(getattr(error, "preempted", False))
-        self.last_death = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        self.last_death = cause
         refs = [ref for ref, (owner, _) in self.pending.items() if owner is slot]
         leases = [lease, *(self.pending.pop(ref)[1] for ref in refs)]
         self.slots.remove(slot)
-        log.warning("a worker died (%s); %d leases return", self.last_death, len(leases))
+        log.warning(
+            "a worker died (%s); %d leases return", cause, sum(x is not None for x in leases)
+        )
         for held in leases:
             if held is None:
                 continue
@@ -275,7 +283,7 @@ class _RayDriver(Generic[R]):
             elif attempt < self.max_attempts:
                 self.queue.append((unit, attempt + 1))
             else:
-                yield Outcome(unit, None, f"its worker died: {self.last_death}", attempt)
+                yield Outcome(unit, None, f"its worker died: {cause}", attempt)
         deaths = slot.deaths + (0 if preempted else 1)
         if deaths < MAX_DEATHS_PER_WORKER:
             self._start(_Slot(self.make_actor(), deaths))
@@ -292,3 +300,8 @@ def describe(error: BaseException) -> str:
     """One line for a receipt or a table; our own errors speak for themselves."""
     text = str(error).strip() or repr(error)
     return text if isinstance(error, DrlDataError) else f"{type(error).__name__}: {text}"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else repr(error)

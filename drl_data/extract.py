@@ -214,16 +214,6 @@ def make_task(
     return ExtractTask(store, [computer, *replicas], run)
 
 
-@contextmanager
-def restored_threads() -> Iterator[None]:
-    """Gives the process back its number of threads after tasks on a CPU have set it."""
-    before = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def condition_files(condition: ConditionSpec) -> dict[str, str]:
     """Digests of the files that a condition names, as a `FeatureSpec` holds them."""
     path = condition.prompt_embeddings

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -242,7 +243,13 @@ class ObstoreFolder:
 
 
 class FsspecFolder:
-    """Any other fsspec URL. `put_if_absent` is as atomic as the file system's exclusive open."""
+    """Any other fsspec URL.
+
+    `put_if_absent` is atomic among the threads of one process; among processes it is as atomic as
+    the file system's exclusive creation.
+    """
+
+    _creating = threading.Lock()
 
     def __init__(self, url: str) -> None:
         import fsspec
@@ -271,7 +278,8 @@ class FsspecFolder:
         with _remote_errors(self.url, path):
             self._fs.makedirs(self._full(path).rpartition("/")[0], exist_ok=True)
             try:
-                self._fs.pipe_file(self._full(path), bytes(data), mode="create")
+                with self._creating:
+                    self._fs.pipe_file(self._full(path), bytes(data), mode="create")
             except FileExistsError:
                 return False
         return True
@@ -297,7 +305,8 @@ class FsspecFolder:
 
 
 def _joined(parts: Sequence[Buffer]) -> Buffer:
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+    # obstore takes unsigned bytes only; Arrow's buffers, for one, are signed.
+    return memoryview(parts[0]).cast("B") if len(parts) == 1 else b"".join(parts)
 
 
 def _whole(data: memoryview, n_bytes: int, name: str, start: int) -> memoryview:

@@ -15,7 +15,7 @@ import torch
 from drl_data.backbones import ModelFolder
 from drl_data.errors import SpecError
 from drl_data.executors import Outcome, run_local, run_ray
-from drl_data.extract import condition_files, make_task, resolve_features, restored_threads
+from drl_data.extract import condition_files, make_task, resolve_features
 from drl_data.index import SampleIndex, build_index, is_current
 from drl_data.plan import Unit, auto_rows_per_unit, select_units
 from drl_data.progress import SILENT, Progress
@@ -30,6 +30,7 @@ from drl_data.spec import (
     StoreSpec,
 )
 from drl_data.store import FeatureStore
+from drl_data.threads import one_thread
 
 log = logging.getLogger(__name__)
 
@@ -137,8 +138,9 @@ def extract(
     start = time.perf_counter()
     n_rows = sum(unit.n_rows for unit in pending)
     if pending:
-        with restored_threads(), progress.bar("extract", n_rows, "images") as bar:
-            for outcome in run(pipeline, pending):
+        outcomes = run(pipeline, pending)
+        with one_thread(), progress.bar("extract", n_rows, "images") as bar:
+            for outcome in outcomes:
                 _add(summary, outcome)
                 bar.advance(outcome.unit.n_rows, failed=len(summary.failed))
     summary.wall_s = time.perf_counter() - start

@@ -384,6 +384,9 @@ class ProbeSpec(Spec):
     batch_size: Annotated[int, Field(ge=1)] = 256
     learning_rate: float = 1e-2
     weight_decay: float = 1e-3
+    pool: Annotated[int, Field(ge=1)] = 1
+    """Side of the grid that maps are averaged to before the classifier: 1 is the mean over space,
+    2 is what "Diffusion models beat GANs on image classification" uses. A smaller map stays."""
     pixels: bool = True
     """Also probe the raw pixels, the floor that features must beat."""
     compare: dict[str, str] = {}

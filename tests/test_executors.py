@@ -185,4 +185,4 @@ def test_a_users_mistake_in_a_worker_is_raised_as_one(local_ray: None) -> None:
 @pytest.mark.ray
 def test_workers_that_cannot_start_end_the_run_with_the_cause(local_ray: None) -> None:
     with pytest.raises(ExecutionError, match="this machine has no such device"):
-        list(run_ray(make_broken, plan_units(4, 1), **RAY))
+        list(run_ray(make_broken, plan_units(4, 1), workers=1, cpus_per_worker=0.5))

@@ -1,0 +1,432 @@
+"""Rows of one unit to pixels: ranged reads, decode, orient, composite, resize, crop, validity.
+
+`read_batches` fetches a unit's bytes in a few large ranges (one for each run of neighbouring images
+in a tar), decodes in threads, and stays within a budget of bytes. Pixels depend on neither.
+
+Shape suffixes: h height, w width, c channel, b row of a batch; pixels are uint8 [c, h, w].
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from drl_data.errors import ImageError, InputError, ObjectNotFoundError
+from drl_data.index import SampleIndex, TarInfo
+from drl_data.objects import Buffer, Folder, open_parent
+from drl_data.plan import InvalidRow, Unit
+from drl_data.spec import ImageSpec
+from drl_data.tar import GzipSource
+
+MAX_SPAN_BYTES = 64 << 20
+"""Largest range that is fetched at once, unless one image is larger."""
+MAX_GAP_BYTES = 1 << 20
+"""Bytes between two images that are fetched with them; a request costs about as much."""
+_N_READERS = 4
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSES = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "box": Image.Resampling.BOX,
+    "bilinear": Image.Resampling.BILINEAR,
+    "hamming": Image.Resampling.HAMMING,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+# --- one image ----------------------------------------------------------------------------------
+
+
+def decode_image(data: Buffer, spec: ImageSpec) -> np.ndarray:
+    """Pixels uint8 [c, h, w], C-contiguous, of one JPEG, PNG, WebP, BMP, TIFF or GIF.
+
+    In this order: EXIF orientation, 16 bits to 8 (65535 to 255, rounded), `background` under
+    transparent pixels, RGB or L, resize, centre crop. Of an animation the first frame.
+
+    Raises:
+        ImageError: at stage `decode`, whatever is wrong with these bytes.
+    """
+    try:
+        image = _open(data)
+        _check_n_pixels(image.size, spec)
+        image.load()
+        image = _fitted(_flattened(_upright(image), spec), spec)
+        pixels_hwc = np.asarray(image).reshape(*spec.size, spec.n_channels)
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:  # a decoder may raise anything on hostile bytes: this row's fault
+        raise ImageError("decode", _one_line(error)) from error
+    return np.ascontiguousarray(pixels_hwc.transpose(2, 0, 1))
+
+
+def _one_line(error: Exception) -> str:
+    """The same for the same bytes: receipts hold it, so no addresses of objects."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return re.sub(r" at 0x[0-9a-f]+", "", text)[:300]
+
+
+def _open(data: Buffer) -> Image.Image:
+    """As `Image.open`, but without its process-wide limit of pixels, and no other formats."""
+    if not len(data):
+        raise ImageError("decode", "0 bytes; want an image")
+    Image.preinit()
+    if not all(name in Image.OPEN for name in _FORMATS):
+        Image.init()
+    prefix = bytes(data[:16])
+    for name in _FORMATS:
+        factory, accept = Image.OPEN[name]
+        if accept is not None and accept(prefix) is True:
+            return factory(io.BytesIO(data), "")
+    raise ImageError(
+        "decode", f"begins with {prefix!r}, which is none of {', '.join(_FORMATS)}; convert it"
+    )
+
+
+def _check_n_pixels(size: tuple[int, int], spec: ImageSpec) -> None:
+    width, height = size
+    if width * height > spec.max_pixels:
+        raise ImageError(
+            "decode",
+            f"{height} x {width} = {height * width} pixels, want at most {spec.max_pixels}; raise "
+            "images.max_pixels if it is no decompression bomb",
+        )
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """EXIF orientation applied; EXIF that cannot be read says nothing, as in every viewer."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # Pillow's parser raises many kinds; the pixels are still good
+        return image
+    method = _TRANSPOSES.get(orientation)
+    return image if method is None else image.transpose(method)
+
+
+def _flattened(image: Image.Image, spec: ImageSpec) -> Image.Image:
+    """Opaque, 8 bits, in the mode of the spec."""
+    if image.mode.startswith("I;16"):
+        image = _eight_bits(image)
+    elif image.mode in ("I", "F"):
+        raise ImageError(
+            "decode",
+            f"32-bit pixels (mode {image.mode}) have no defined range; convert to 8 or 16 bits",
+        )
+    if image.has_transparency_data:
+        canvas = Image.new("RGBA", image.size, (*spec.background, 255))
+        image = Image.alpha_composite(canvas, image.convert("RGBA"))
+    return image.convert(spec.mode)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey to L, or to LA if one value is declared transparent."""
+    values = np.asarray(image).astype(np.uint32)
+    grey = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    transparent = image.info.get("transparency")
+    if not isinstance(transparent, int):
+        return grey
+    alpha = Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
+    return Image.merge("LA", (grey, alpha))
+
+
+def _fitted(image: Image.Image, spec: ImageSpec) -> Image.Image:
+    """Resized and cropped to exactly the size of the spec."""
+    height, width = spec.size
+    if image.size == (width, height):
+        return image
+    if spec.resize == "none":
+        raise ImageError(
+            "decode",
+            f"{image.height} x {image.width} pixels, want {height} x {width} (images.resize: none)",
+        )
+    if spec.resize == "stretch":
+        return image.resize((width, height), _FILTERS[spec.filter])
+    scale = max(height / image.height, width / image.width)
+    scaled = (round(image.width * scale), round(image.height * scale))
+    _check_n_pixels(scaled, spec)  # one pixel by thousands grows by its aspect
+    image = image.resize(scaled, _FILTERS[spec.filter])
+    left, top = (scaled[0] - width) // 2, (scaled[1] - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+# --- the images of a unit -----------------------------------------------------------------------
+
+
+@dataclass
+class ImageBatch:
+    """Consecutive rows of one unit, decoded.
+
+    `pixels` is uint8 [batch_size, c, h, w]; invalid rows, and rows past `n_rows`, are zeros.
+    `read_s` and `decode_s` are seconds summed over threads.
+    """
+
+    start: int
+    n_rows: int
+    pixels: np.ndarray
+    keys: list[str]
+    invalid: list[InvalidRow]
+    n_bytes: int
+    """Bytes of the images of this batch, compressed."""
+    read_s: float
+    decode_s: float
+
+
+def read_batches(
+    unit: Unit,
+    index: SampleIndex,
+    spec: ImageSpec,
+    *,
+    batch_size: int,
+    n_threads: int,
+    prefetch_bytes: int,
+) -> Generator[ImageBatch]:
+    """The unit's rows in order, `batch_size` at a time, decoded ahead in `n_threads` threads.
+
+    `prefetch_bytes` bounds what is fetched and decoded ahead of the consumer; what the next batch
+    needs is always fetched. Closing the generator ends its threads. A gzip tar is inflated from its
+    beginning for each unit.
+
+    Raises:
+        InputError: if a tar is gone or has changed since it was indexed.
+        ObjectError: if a read fails.
+    """
+    reader = _UnitReader(unit, index, spec, batch_size, n_threads, prefetch_bytes)
+    try:
+        reader.check_tars()
+        for start in range(unit.start, unit.stop, batch_size):
+            yield reader.batch(start)
+    finally:
+        reader.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where the image of a row lies in its tar."""
+
+    row: int
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Neighbouring images of one tar, fetched at once."""
+
+    tar: int
+    places: list[_Place]
+
+    @property
+    def start(self) -> int:
+        return self.places[0].offset
+
+    @property
+    def stop(self) -> int:
+        return self.places[-1].offset + self.places[-1].size
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoded:
+    n_bytes: int
+    read_s: float
+    decode_s: float
+    error: ImageError | None
+
+
+class _UnitReader:
+    """Threads that fetch and decode ahead of the rows that are asked for."""
+
+    def __init__(
+        self,
+        unit: Unit,
+        index: SampleIndex,
+        spec: ImageSpec,
+        batch_size: int,
+        n_threads: int,
+        prefetch_bytes: int,
+    ) -> None:
+        self._unit, self._spec, self._batch_size = unit, spec, batch_size
+        rows = index.slice(unit.start, unit.stop)
+        self._keys: list[str] = rows.column("key").to_pylist()
+        self._reasons: list[str | None] = rows.column("reason").to_pylist()
+        tars = rows.column("tar").to_pylist()
+        places = [
+            (tar, _Place(unit.start + i, offset, size))
+            for i, (tar, offset, size) in enumerate(
+                zip(tars, *(rows.column(n).to_pylist() for n in ("offset", "size")), strict=True)
+            )
+            if self._reasons[i] is None
+        ]
+        self._spans = deque(_cut_spans(places, min(MAX_SPAN_BYTES, prefetch_bytes // 4)))
+        self._tars = {tar: _OpenTar(index.tars[tar]) for tar in sorted(set(tars))}
+        self._budget, self._in_flight = prefetch_bytes, 0
+        self._costs: deque[tuple[int, int]] = deque()  # (last row, bytes) of spans in flight
+        self._pixels: dict[int, np.ndarray] = {}
+        self._decoded: dict[int, Future[_Decoded]] = {}
+        self._readers = ThreadPoolExecutor(_N_READERS, thread_name_prefix="drl-read")
+        self._decoders = ThreadPoolExecutor(n_threads, thread_name_prefix="drl-decode")
+
+    def check_tars(self) -> None:
+        """Compare every tar of the unit with what was indexed."""
+        list(self._readers.map(_OpenTar.check, self._tars.values()))
+
+    def close(self) -> None:
+        """Drop what is queued and wait for what is running."""
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._readers.shutdown(cancel_futures=True)
+        self._decoders.shutdown()
+
+    def batch(self, start: int) -> ImageBatch:
+        """The batch that begins at row `start`; batches are asked for in order."""
+        stop = min(start + self._batch_size, self._unit.stop)
+        self._fetch_ahead(stop)
+        keys = self._keys[start - self._unit.start : stop - self._unit.start]
+        batch = ImageBatch(start, stop - start, self._batch_pixels(start), keys, [], 0, 0.0, 0.0)
+        for row in range(start, stop):
+            key, reason = keys[row - start], self._reasons[row - self._unit.start]
+            if reason is not None:
+                batch.invalid.append(InvalidRow(row, key, "index", reason))
+                continue
+            done = self._decoded.pop(row).result()
+            batch.n_bytes += done.n_bytes
+            batch.read_s += done.read_s
+            batch.decode_s += done.decode_s
+            if done.error is not None:
+                batch.invalid.append(InvalidRow(row, key, done.error.stage, done.error.reason))
+        del self._pixels[start]
+        while self._costs and self._costs[0][0] < stop:
+            self._in_flight -= self._costs.popleft()[1]
+        return batch
+
+    def _fetch_ahead(self, stop: int) -> None:
+        """Start on everything that rows up to `stop` need, and on more while the budget lasts."""
+        bytes_per_row = self._spec.n_channels * self._spec.size[0] * self._spec.size[1]
+        while self._spans:
+            span = self._spans[0]
+            cost = span.stop - span.start + bytes_per_row * len(span.places)
+            if span.places[0].row >= stop and self._in_flight + cost > self._budget:
+                return
+            self._spans.popleft()
+            self._in_flight += cost
+            self._costs.append((span.places[-1].row, cost))
+            read = self._tars[span.tar].submit(self._readers, span)
+            for i, place in enumerate(span.places):
+                behind = (place.row - self._unit.start) % self._batch_size
+                out_chw = self._batch_pixels(place.row - behind)[behind]
+                self._decoded[place.row] = self._decoders.submit(
+                    _decode_into, out_chw, read, i, self._spec
+                )
+
+    def _batch_pixels(self, start: int) -> np.ndarray:
+        if start not in self._pixels:
+            shape = (self._batch_size, self._spec.n_channels, *self._spec.size)
+            self._pixels[start] = np.zeros(shape, np.uint8)
+        return self._pixels[start]
+
+
+def _cut_spans(places: list[tuple[int, _Place]], max_bytes: int) -> Iterator[_Span]:
+    """Runs of images in one tar with small gaps, each within `max_bytes` or a single image."""
+    span: _Span | None = None
+    for tar, place in places:
+        if (
+            span is None
+            or span.tar != tar
+            or place.offset - span.stop > MAX_GAP_BYTES
+            or place.offset + place.size - span.start > max_bytes
+        ):
+            if span is not None:
+                yield span
+            span = _Span(tar, [])
+        span.places.append(place)
+    if span is not None:
+        yield span
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """The bytes of each image of a span, and the seconds that fetching one byte took."""
+
+    images: list[Buffer]
+    s_per_byte: float
+
+
+def _decode_into(out_chw: np.ndarray, read: Future[_Read], i: int, spec: ImageSpec) -> _Decoded:
+    fetched = read.result()
+    data = fetched.images[i]
+    start = time.perf_counter()
+    error: ImageError | None = None
+    try:
+        out_chw[:] = decode_image(data, spec)
+    except ImageError as problem:
+        error = problem
+    seconds = time.perf_counter() - start
+    return _Decoded(len(data), fetched.s_per_byte * len(data), seconds, error)
+
+
+class _OpenTar:
+    """One tar of a unit: plain, read by ranges; or gzip, read from front to back."""
+
+    def __init__(self, info: TarInfo) -> None:
+        self._info = info
+        self._folder: Folder
+        self._folder, self._name = open_parent(info.url)
+        self._gzip: GzipSource | None = None
+        if info.compression == "gzip":
+            self._gzip = GzipSource(self._folder, self._name, info.size)
+        self._last: Future[_Read] | None = None
+
+    def check(self) -> None:
+        """Raise `InputError` if the tar is not what was indexed."""
+        try:
+            now = self._folder.head(self._name)
+        except ObjectNotFoundError as error:
+            raise InputError(
+                f"{self._info.url}: gone since it was indexed; put it back or index again"
+            ) from error
+        if (now.size, now.etag) != (self._info.size, self._info.etag):
+            raise InputError(
+                f"{self._info.url}: changed since it was indexed: {now.size} bytes, tag "
+                f"{now.etag}; was {self._info.size} bytes, tag {self._info.etag}; index again"
+            )
+
+    def submit(self, readers: ThreadPoolExecutor, span: _Span) -> Future[_Read]:
+        """Fetch a span in one of the threads; spans come in order."""
+        if self._gzip is None:
+            return readers.submit(self._read_plain, span)
+        self._last = readers.submit(self._read_gzip, self._gzip, span, self._last)
+        return self._last
+
+    def _read_plain(self, span: _Span) -> _Read:
+        start = time.perf_counter()
+        data = self._folder.get_range(self._name, span.start, span.stop)
+        seconds = time.perf_counter() - start
+        at = span.start
+        images: list[Buffer] = [data[p.offset - at : p.offset - at + p.size] for p in span.places]
+        return _Read(images, seconds / max(sum(p.size for p in span.places), 1))
+
+    def _read_gzip(self, source: GzipSource, span: _Span, before: Future[_Read] | None) -> _Read:
+        if before is not None:
+            before.result()
+        start = time.perf_counter()
+        images: list[Buffer] = [source.read(p.offset, p.size) for p in span.places]
+        seconds = time.perf_counter() - start
+        if any(len(data) != p.size for data, p in zip(images, span.places, strict=True)):
+            raise InputError(f"{self._info.url}: shorter than when it was indexed; index again")
+        return _Read(images, seconds / max(sum(p.size for p in span.places), 1))

@@ -1,0 +1,406 @@
+"""Tars to rows: key, tar, offset, size, label, caption of every sample, from tar headers.
+
+Samples are as WebDataset defines them: the key is the name up to the first dot after the last
+slash, the rest in lower case is the extension, consecutive members with one key are one sample.
+Every sample has a row; one without a usable image has a `reason`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import JsonValue
+
+from drl_data.errors import InputError, ObjectNotFoundError
+from drl_data.objects import Folder, open_parent
+from drl_data.progress import SILENT, Progress
+from drl_data.spec import DatasetSpec, canonical_json
+from drl_data.tar import GzipSource, Member, RangedSource, open_source, walk_files
+from drl_data.urls import expand_urls as expand_urls
+from drl_data.urls import missing
+
+INDEX_FORMAT = 1
+
+_FIELDS: list[pa.Field[Any]] = [
+    pa.field("key", pa.string(), nullable=False),
+    pa.field("split", pa.string(), nullable=False),
+    pa.field("tar", pa.int32(), nullable=False),
+    pa.field("member", pa.string(), nullable=False),
+    pa.field("offset", pa.int64(), nullable=False),
+    pa.field("size", pa.int64(), nullable=False),
+    pa.field("label", pa.int64()),
+    pa.field("caption", pa.string()),
+    pa.field("reason", pa.string()),
+    pa.field("checksum", pa.int64(), nullable=False),
+    pa.field("mtime", pa.float64(), nullable=False),
+]
+_SCHEMA = pa.schema(_FIELDS)
+_SCAN_FIELDS: list[pa.Field[Any]] = [
+    pa.field("label", pa.string()) if column.name == "label" else column
+    for column in _FIELDS
+    if column.name != "tar"
+]
+_SCAN_SCHEMA = pa.schema(_SCAN_FIELDS)
+_NO_MEMBER = Member("", 0, 0, 0.0, 0, False)
+_INT64 = range(-(2**63), 2**63)
+
+# The webdataset library's own rules, so that both see the same samples.
+_KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
+_META = re.compile(r"__[^/]*__($|/)")
+
+
+@dataclass(frozen=True)
+class TarInfo:
+    """One tar of the input: where it is, and its size and tag when it was indexed."""
+
+    url: str
+    split: str
+    size: int
+    etag: str
+    compression: Literal["none", "gzip"]
+
+
+@dataclass(frozen=True)
+class SampleIndex:
+    """Every sample of a dataset, in row order.
+
+    `table` has the columns key, split, tar (position in `tars`), member (name of the image member,
+    "" without one), offset and size (bytes of the image's data in the uncompressed tar), label
+    (null without one), caption (null without one), reason (null, or why there is no usable image),
+    checksum and mtime (of the image member's header). `label_names` is set when labels are not
+    integers: a label is then a position in it.
+    """
+
+    table: pa.Table
+    tars: tuple[TarInfo, ...]
+    label_names: tuple[str, ...] | None
+    dataset: DatasetSpec
+
+    @property
+    def n_samples(self) -> int:
+        """Number of rows."""
+        return int(self.table.num_rows)
+
+    @property
+    def n_unlabelled(self) -> int:
+        """Rows without a label, or with one that could not be read."""
+        return int(self.table.column("label").null_count)
+
+    def slice(self, start: int, stop: int) -> pa.Table:
+        """Rows `start` to `stop` (exclusive), without a copy."""
+        return self.table.slice(start, stop - start)
+
+    def digest(self) -> str:
+        """SHA-256 of the content: rows and labels, not where the tars lie.
+
+        The same tars copied elsewhere give the same digest. The images' bytes are represented by
+        their headers (size, checksum, mtime): they are not read.
+        """
+        total = hashlib.sha256(canonical_json([INDEX_FORMAT, self._label_json()]))
+        for name in _SCHEMA.names:
+            total.update(name.encode() + _column_digest(self.table.column(name)))
+        return total.hexdigest()
+
+    def save(self, url: str) -> None:
+        """Write as one Parquet file; tars, label names and the dataset are in its metadata."""
+        about: JsonValue = {
+            "format": INDEX_FORMAT,
+            "tars": [asdict(tar) for tar in self.tars],
+            "label_names": self._label_json(),
+            "dataset": self.dataset.model_dump(mode="json"),
+        }
+        buffer = pa.BufferOutputStream()
+        table = self.table.replace_schema_metadata({b"drl_data": canonical_json(about)})
+        pq.write_table(table, buffer, compression="zstd")
+        folder, name = open_parent(url)
+        folder.put(name, [memoryview(buffer.getvalue())])
+
+    @staticmethod
+    def load(url: str) -> SampleIndex:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: if there is no such file, or it is not an index of this version.
+        """
+        folder, name = open_parent(url)
+        try:
+            table = pq.read_table(pa.BufferReader(folder.get(name)))
+        except ObjectNotFoundError as error:
+            raise InputError(f"{url}: no such index; make one with `drl index`") from error
+        except pa.ArrowInvalid as error:
+            raise InputError(
+                f"{url}: not a Parquet file ({error}); index the tars again"
+            ) from error
+        about = json.loads((table.schema.metadata or {}).get(b"drl_data", b"{}"))
+        if about.get("format") != INDEX_FORMAT:
+            raise InputError(
+                f"{url}: index format {about.get('format')}, want {INDEX_FORMAT}; index the tars "
+                "again"
+            )
+        names = about["label_names"]
+        return SampleIndex(
+            table.replace_schema_metadata(None),
+            tuple(TarInfo(**tar) for tar in about["tars"]),
+            None if names is None else tuple(names),
+            DatasetSpec.model_validate(about["dataset"]),
+        )
+
+    def _label_json(self) -> JsonValue:
+        return None if self.label_names is None else list(self.label_names)
+
+
+def build_index(
+    dataset: DatasetSpec, *, n_threads: int = 16, progress: Progress = SILENT
+) -> SampleIndex:
+    """Read the headers of every tar, `n_threads` tars at a time.
+
+    Raises:
+        InputError: if a tar is missing, truncated, corrupt or listed twice, a pattern matches
+            nothing, or there is no sample at all.
+    """
+    tars = _list_tars(dataset)
+    folders = {url.rpartition("/")[0]: open_parent(url)[0] for _, url in tars}
+
+    def scan(tar: tuple[str, str]) -> tuple[TarInfo, pa.Table]:
+        return _scan(*tar, folders[tar[1].rpartition("/")[0]], dataset)
+
+    infos, tables, n_samples = [], [], 0
+    pool = ThreadPoolExecutor(n_threads, thread_name_prefix="drl-index")
+    try:
+        with progress.bar("index", len(tars), "tars") as bar:
+            for info, table in pool.map(scan, tars):
+                infos.append(info)
+                tables.append(table)
+                n_samples += table.num_rows
+                bar.advance(1, samples=n_samples)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if not n_samples:
+        names = ", ".join(url for _, url in tars[:3])
+        raise InputError(
+            f"no samples in {len(tars)} tars ({names}{', ...' if len(tars) > 3 else ''}); want "
+            f"members named KEY.EXTENSION with an extension of {list(dataset.image)}"
+        )
+    table, label_names = _joined(infos, tables)
+    return SampleIndex(table, tuple(infos), label_names, dataset)
+
+
+def is_current(index: SampleIndex, dataset: DatasetSpec, *, n_threads: int = 16) -> bool:
+    """Whether `build_index(dataset)` would find what it found for `index`: the same tars, with the
+    same sizes and tags, read by the same rules. One HEAD request a tar; no tar is read.
+
+    Raises:
+        InputError: if a pattern matches nothing or a tar is missing.
+    """
+    rules = {"image", "label", "caption"}
+    if index.dataset.model_dump(include=rules) != dataset.model_dump(include=rules):
+        return False
+    tars = _list_tars(dataset)
+    if [(tar.split, tar.url) for tar in index.tars] != tars:
+        return False
+
+    def head(tar: tuple[str, str]) -> tuple[int, str]:
+        folder, name = open_parent(tar[1])
+        try:
+            info = folder.head(name)
+        except ObjectNotFoundError as error:
+            raise missing(tar[1], folder, name) from error
+        return info.size, info.etag
+
+    with ThreadPoolExecutor(n_threads, thread_name_prefix="drl-index") as pool:
+        return list(pool.map(head, tars)) == [(tar.size, tar.etag) for tar in index.tars]
+
+
+# --- which tars ---------------------------------------------------------------------------------
+
+
+def _list_tars(dataset: DatasetSpec) -> list[tuple[str, str]]:
+    """(split, url) of every tar, in row order."""
+    tars = [
+        (split, url)
+        for split, patterns in dataset.tars.items()
+        for pattern in patterns
+        for url in expand_urls(pattern)
+    ]
+    if not tars:
+        raise InputError("dataset.tars names no tars; want at least one path or URL")
+    seen: dict[str, str] = {}
+    for split, url in tars:
+        if url in seen:
+            raise InputError(
+                f"{url}: listed twice, in split {seen[url]!r} and in split {split!r}; its samples "
+                "would count twice: list it once"
+            )
+        seen[url] = split
+    return tars
+
+
+# --- one tar ------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Sample:
+    """Consecutive members with one key."""
+
+    key: str
+    members: dict[str, Member] = field(default_factory=dict)
+    texts: dict[str, bytes] = field(default_factory=dict)
+    repeated: str | None = None
+
+
+def _scan(split: str, url: str, folder: Folder, dataset: DatasetSpec) -> tuple[TarInfo, pa.Table]:
+    """One tar's rows: `_SCHEMA` without `tar`, labels still text."""
+    name = url.rpartition("/")[2]
+    try:
+        object_info = folder.head(name)
+        source = open_source(folder, name, object_info.size)
+        rows = [_row(split, sample, dataset) for sample in _samples(source, dataset)]
+    except ObjectNotFoundError as error:
+        raise missing(url, folder, name) from error
+    compression: Literal["none", "gzip"] = "gzip" if isinstance(source, GzipSource) else "none"
+    info = TarInfo(url, split, object_info.size, object_info.etag, compression)
+    columns = {name: [row[name] for row in rows] for name in _SCAN_SCHEMA.names}
+    return info, pa.table(columns, schema=_SCAN_SCHEMA)
+
+
+def _samples(source: RangedSource | GzipSource, dataset: DatasetSpec) -> Iterator[_Sample]:
+    wanted = {
+        place.partition(":")[0].lower() for place in (dataset.label, dataset.caption) if place
+    }
+    sample: _Sample | None = None
+    for member in walk_files(source):
+        match = _KEY_AND_EXTENSION.match(member.name)
+        if match is None or _META.match(member.name):
+            continue
+        key, extension = match[1], match[2].lower()
+        if sample is None or sample.key != key:
+            if sample is not None:
+                yield sample
+            sample = _Sample(key)
+        if extension in sample.members:
+            sample.repeated = extension
+            continue
+        sample.members[extension] = member
+        if extension in wanted and not member.sparse:
+            sample.texts[extension] = source.read(member.offset, member.size)
+    if sample is not None:
+        yield sample
+
+
+def _row(split: str, sample: _Sample, dataset: DatasetSpec) -> dict[str, str | int | float | None]:
+    extension = next((e.lower() for e in dataset.image if e.lower() in sample.members), None)
+    member = sample.members[extension] if extension else _NO_MEMBER
+    reason = None
+    if extension is None:
+        has = ", ".join(sample.members)
+        reason = f"no image: the sample has {has}, want one of {', '.join(dataset.image)}"
+    elif sample.repeated is not None:
+        reason = f"two members {sample.key}.{sample.repeated}: which one is meant is unknown"
+    elif member.sparse:
+        reason = f"{member.name} is a sparse member; pack the tar again without --sparse"
+    return {
+        "key": sample.key,
+        "split": split,
+        "member": member.name,
+        "offset": member.offset,
+        "size": member.size,
+        "label": _label_text(_field(sample.texts, dataset.label)),
+        "caption": _caption_text(_field(sample.texts, dataset.caption)),
+        "reason": reason,
+        "checksum": member.checksum,
+        "mtime": member.mtime,
+    }
+
+
+def _field(texts: dict[str, bytes], place: str | None) -> JsonValue:
+    """The text of a member (`EXT`) or a field of a JSON one (`EXT:FIELD`); None if unreadable."""
+    extension, _, name = (place or "").partition(":")
+    data = texts.get(extension.lower())
+    if data is None:
+        return None
+    try:
+        text = data.decode("utf-8")
+        if not name:
+            return text.strip()
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value.get(name) if isinstance(value, dict) else None
+
+
+def _label_text(value: JsonValue) -> str | None:
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() else None
+    if isinstance(value, bool):
+        return str(value).lower()
+    return _encodable(str(value)) if isinstance(value, str | int) and value != "" else None
+
+
+def _caption_text(value: JsonValue) -> str | None:
+    return _encodable(value) if isinstance(value, str) else None
+
+
+def _encodable(text: str) -> str:
+    """JSON may hold lone surrogates, which no UTF-8 table can."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+# --- the table ----------------------------------------------------------------------------------
+
+
+def _resolve_labels(
+    texts: Sequence[str | None],
+) -> tuple[list[int | None], tuple[str, ...] | None]:
+    """Integers if all labels are; otherwise positions in the sorted distinct strings."""
+    present = {text for text in texts if text is not None}
+    if all(re.fullmatch(r"[+-]?[0-9]{1,19}", t) and int(t) in _INT64 for t in present):
+        return [None if t is None else int(t) for t in texts], None
+    names = tuple(sorted(present))
+    position = {name: i for i, name in enumerate(names)}
+    return [None if t is None else position[t] for t in texts], names
+
+
+def _joined(
+    infos: Sequence[TarInfo], tables: Sequence[pa.Table]
+) -> tuple[pa.Table, tuple[str, ...] | None]:
+    """The rows of all tars as one table of `_SCHEMA`, with integer labels."""
+    table = pa.concat_tables(tables)
+    labels, label_names = _resolve_labels(table.column("label").to_pylist())
+    positions = np.repeat(np.arange(len(infos), dtype=np.int32), [t.num_rows for t in tables])
+    columns: dict[str, pa.Array[Any]] = {
+        "label": pa.array(labels, pa.int64()),
+        "tar": pa.array(positions, pa.int32()),
+    }
+    arrays: list[pa.Array[Any] | pa.ChunkedArray[Any]] = [
+        columns[name] if name in columns else table.column(name) for name in _SCHEMA.names
+    ]
+    return pa.Table.from_arrays(arrays, schema=_SCHEMA).combine_chunks(), label_names
+
+
+def _column_digest(column: pa.ChunkedArray[Any]) -> bytes:
+    """SHA-256 of a column's values, however it is cut into chunks; null is not an empty value."""
+    lengths, values = hashlib.sha256(), hashlib.sha256()
+    for chunk in column.chunks:
+        if pa.types.is_string(column.type):
+            sizes = pc.binary_length(chunk).cast(pa.int64()).fill_null(-1)
+            lengths.update(np.asarray(sizes, "<i8").tobytes())
+            filled = chunk.fill_null("")
+            _, ends, data = filled.buffers()
+            bounds = np.frombuffer(ends, np.int32)[filled.offset :][: len(filled) + 1]
+            if data is not None:
+                values.update(memoryview(data)[bounds[0] : bounds[-1]])
+        else:
+            lengths.update(np.asarray(chunk.is_null()).tobytes())
+            kind = "<f8" if pa.types.is_floating(column.type) else "<i8"
+            values.update(np.asarray(chunk.fill_null(0), kind).tobytes())
+    return lengths.digest() + values.digest()

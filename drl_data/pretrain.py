@@ -1,0 +1,366 @@
+"""Training of a small pixel-space DDPM (Ho et al. 2020) from any tars.
+
+x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, loss |eps - eps_theta(x_t, t)|^2 (their eq. 14).
+
+Every random number of a step comes from a generator seeded by (seed, step), so that a run which
+was interrupted and resumed gives the weights of one that was not: bit for bit on a CPU.
+
+Shape suffixes: b batch, c channel, h height, w width, n images of the training set.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from pydantic import JsonValue
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from drl_data.errors import ObjectNotFoundError, SpecError, WeightsError
+from drl_data.images import read_batches
+from drl_data.index import SampleIndex
+from drl_data.objects import LocalFolder
+from drl_data.plan import Unit
+from drl_data.progress import SILENT, Progress
+from drl_data.spec import ImageSpec, PretrainSpec, canonical_json, is_absolute
+
+MAX_PIXEL_BYTES = 8 << 30
+"""The training set is held on the device as uint8; a larger one is refused."""
+RECORD = "training.json"
+CHECKPOINT = "checkpoint.safetensors"
+LOSS_DECAY = 0.99
+"""Of the running mean of the loss that is shown and recorded."""
+
+
+def pretrain(
+    spec: PretrainSpec,
+    index: SampleIndex,
+    images: ImageSpec,
+    *,
+    device: str | None = None,
+    progress: Progress = SILENT,
+    bfloat16: bool = False,
+) -> Path:
+    """Train on one split and write the EMA weights in diffusers' layout; returns the folder.
+
+    The folder (`spec.output`) gets model_index.json, unet/, scheduler/ and, last, training.json:
+    what was trained, on what, and how it went. Run again, it resumes from its checkpoint, or does
+    nothing if it is complete. `device` is torch's name, default the GPU if there is one; `bfloat16`
+    runs the network in autocast.
+
+    Raises:
+        SpecError: if the settings do not fit together, or the folder holds another training.
+    """
+    folder = Path(spec.output)
+    if is_absolute(spec.output) and not folder.is_absolute():
+        raise SpecError(f"pretrain.output: {spec.output} is not a local folder; weights go to one")
+    identity = _identity(spec, index, images, bfloat16)
+    if _is_complete(folder, identity):
+        return folder
+    start = time.perf_counter()
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    scheduler = _scheduler(spec, images)
+    pixels_nchw, n_invalid = _training_pixels(spec, index, images, progress)
+    devices = [chosen] if chosen.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        trainer = _Trainer(spec, scheduler, images, pixels_nchw, chosen, bfloat16)
+        trainer.load(folder, identity)
+        with progress.bar("pretrain", spec.steps, "steps") as bar:
+            bar.advance(trainer.step)
+            while trainer.step < spec.steps:
+                trainer.train_step()
+                shown = {"loss": float(trainer.loss)} if trainer.step % 50 == 0 else {}
+                bar.advance(1, **shown)
+                if trainer.step % spec.checkpoint_every == 0 and trainer.step < spec.steps:
+                    trainer.save(folder, identity)
+    DDPMPipeline(trainer.ema.cpu(), scheduler).save_pretrained(folder)
+    record: JsonValue = {
+        **identity,
+        "n_images": len(pixels_nchw),
+        "n_invalid": n_invalid,
+        "loss": float(trainer.loss),
+        "seconds": round(time.perf_counter() - start, 1),
+        "device": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else chosen.type,
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+    }
+    files = LocalFolder(folder)
+    files.put(RECORD, [json.dumps(record, indent=2).encode()])
+    files.delete(CHECKPOINT)
+    return folder
+
+
+def sample(
+    folder: str | Path, n: int, *, seed: int = 0, steps: int = 50, device: str = "cpu"
+) -> np.ndarray:
+    """Images uint8 [n, c, h, w] drawn from a pixel-space DDPM by DDIM (Song et al. 2021, eta 0).
+
+    Raises:
+        WeightsError: if the folder holds no such model.
+    """
+    try:
+        model = UNet2DModel.from_pretrained(folder, subfolder="unet").to(device).eval()
+        settings = DDIMScheduler.load_config(folder, subfolder="scheduler")
+    except OSError as error:
+        raise WeightsError(
+            f"{folder}: no diffusers folder with unet/ and scheduler/: {error}"
+        ) from error
+    scheduler = DDIMScheduler.from_config(settings, timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+    low, high = _pixel_range(Path(folder))
+    size, channels = model.config.sample_size, model.config.in_channels
+    height, width = (size, size) if isinstance(size, int) else size
+    generator = torch.Generator().manual_seed(seed)
+    noise_bchw = torch.randn((n, channels, height, width), generator=generator)
+    done = []
+    for x_bchw in torch.split(noise_bchw, 256):
+        x_bchw = x_bchw.to(device)
+        with torch.no_grad():
+            for t in scheduler.timesteps:
+                x_bchw = scheduler.step(model(x_bchw, t).sample, t, x_bchw).prev_sample
+        done.append(((x_bchw - low) / (high - low) * 255).round().clamp(0, 255).byte().cpu())
+    return torch.cat(done).numpy() if done else noise_bchw.byte().numpy()
+
+
+class _Trainer:
+    """Network, its moving average, and optimizer; `step` steps have been done."""
+
+    def __init__(
+        self,
+        spec: PretrainSpec,
+        scheduler: DDPMScheduler,
+        images: ImageSpec,
+        pixels_nchw: np.ndarray,
+        device: torch.device,
+        bfloat16: bool,
+    ) -> None:
+        self.step = 0
+        self.loss = torch.zeros((), device=device)
+        self._spec, self._device, self._bfloat16 = spec, device, bfloat16
+        self._low, self._high = images.range
+        self._pixels_nchw = torch.from_numpy(pixels_nchw).to(device)
+        self._scheduler = scheduler
+        torch.manual_seed(_seed(spec.seed, "init"))
+        self.model = _model(spec, images).to(device).train()
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self._parameters = list(self.model.parameters())
+        self._averages = list(self.ema.parameters())
+        self._optimizer = torch.optim.AdamW(self._parameters, lr=spec.learning_rate)
+        self._order = _batches_of_rows(len(pixels_nchw), spec.batch_size, spec.seed)
+
+    def train_step(self) -> None:
+        """One step of AdamW on one batch, and of the moving average."""
+        x_bchw, noise_bchw, t_b = self._draw(next(self._order))
+        noisy_bchw = self._scheduler.add_noise(x_bchw, noise_bchw, t_b)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bfloat16):
+            predicted_bchw = self.model(noisy_bchw, t_b).sample
+        loss = F.mse_loss(predicted_bchw.float(), noise_bchw)
+        self._optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        warmup = min(1.0, (self.step + 1) / max(self._spec.warmup_steps, 1))
+        self._optimizer.param_groups[0]["lr"] = self._spec.learning_rate * warmup
+        self._optimizer.step()
+        # The usual warm-up of the average: early weights are forgotten sooner.
+        decay = min(self._spec.ema_decay, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(self._averages, self._parameters, 1 - decay)
+            kept = LOSS_DECAY if self.step else 0.0
+            self.loss = kept * self.loss + (1 - kept) * loss.detach()
+        self.step += 1
+
+    def _draw(self, rows_b: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Images, noise and timesteps of this step; dropout follows from the same seed.
+
+        Drawn on the CPU, so that every device trains on the same numbers.
+        """
+        generator = torch.manual_seed(_seed(self._spec.seed, f"step {self.step}"))
+        rows = torch.from_numpy(rows_b)
+        t_b = torch.randint(
+            self._scheduler.config.num_train_timesteps, rows.shape, generator=generator
+        )
+        shape = (len(rows), *self._pixels_nchw.shape[1:])
+        noise_bchw = torch.randn(shape, generator=generator).to(self._device)
+        pixels_bchw = self._pixels_nchw[rows.to(self._device)].float()
+        x_bchw = pixels_bchw * ((self._high - self._low) / 255) + self._low
+        return x_bchw, noise_bchw, t_b.to(self._device)
+
+    def save(self, folder: Path, identity: dict[str, JsonValue]) -> None:
+        """Write the checkpoint, whole or not at all."""
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
+        for i, moments in self._optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{k}": v for k, v in moments.items()}
+        tensors["loss"] = self.loss
+        about = {"step": str(self.step), "identity": canonical_json(identity).decode()}
+        contents = {k: v.detach().contiguous() for k, v in tensors.items()}
+        LocalFolder(folder).put(CHECKPOINT, [save_tensors(contents, metadata=about)])
+
+    def load(self, folder: Path, identity: dict[str, JsonValue]) -> None:
+        """Continue from the checkpoint in the folder, if there is one."""
+        try:
+            data = bytes(LocalFolder(folder).get(CHECKPOINT))
+        except ObjectNotFoundError:
+            return
+        header_bytes = int.from_bytes(data[:8], "little")
+        about = json.loads(data[8 : 8 + header_bytes])["__metadata__"]
+        _check_same(json.loads(about["identity"]), identity, folder / CHECKPOINT)
+        tensors = load_tensors(data)
+        self.step = int(about["step"])
+        self.loss = tensors.pop("loss").to(self._device)
+        self.model.load_state_dict(_below(tensors, "model."))
+        self.ema.load_state_dict(_below(tensors, "ema."))
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for name, tensor in _below(tensors, "optimizer.").items():
+            i, _, moment = name.partition(".")
+            state.setdefault(int(i), {})[moment] = tensor
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        for _ in range(self.step):
+            next(self._order)
+
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+def _training_pixels(
+    spec: PretrainSpec, index: SampleIndex, images: ImageSpec, progress: Progress
+) -> tuple[np.ndarray, int]:
+    """The split's valid images uint8 [n, c, h, w], decoded once, and the number of invalid ones."""
+    splits = np.array(index.table.column("split").to_pylist())
+    rows = np.flatnonzero(splits == spec.split)
+    if not len(rows):
+        known = ", ".join(sorted(set(splits)))
+        raise SpecError(f"pretrain.split: no samples in split {spec.split!r}; splits: {known}")
+    unit = Unit(0, int(rows[0]), int(rows[-1]) + 1)  # the rows of one split are consecutive
+    n_bytes = unit.n_rows * images.n_channels * images.size[0] * images.size[1]
+    if n_bytes > MAX_PIXEL_BYTES:
+        raise SpecError(
+            f"pretrain: {unit.n_rows} images are {n_bytes / 2**30:.1f} GiB of pixels, want at most "
+            f"{MAX_PIXEL_BYTES / 2**30:.0f} GiB; make images.size or the split smaller"
+        )
+    parts, n_invalid = [], 0
+    with progress.bar("decode", unit.n_rows, "images") as bar:
+        for batch in read_batches(
+            unit, index, images, batch_size=1024, n_threads=4, prefetch_bytes=256 << 20
+        ):
+            bad = [row.row - batch.start for row in batch.invalid]
+            parts.append(np.delete(batch.pixels[: batch.n_rows], bad, axis=0))
+            n_invalid += len(bad)
+            bar.advance(batch.n_rows)
+    pixels_nchw = np.concatenate(parts)
+    if not len(pixels_nchw):
+        raise SpecError(f"pretrain.split: none of the {n_invalid} images of {spec.split!r} decodes")
+    return pixels_nchw, n_invalid
+
+
+def _batches_of_rows(n: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:
+    """Endless batches: epochs in a new order each, joined, so that every batch is full."""
+    left = np.empty(0, np.int64)
+    epoch = 0
+    while True:
+        while len(left) < batch_size:
+            order = np.random.default_rng(_seed(seed, f"epoch {epoch}")).permutation(n)
+            left = np.concatenate([left, order])
+            epoch += 1
+        yield left[:batch_size]
+        left = left[batch_size:]
+
+
+def _seed(seed: int, purpose: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:7], "big")
+
+
+# --- settings -----------------------------------------------------------------------------------
+
+
+def _identity(
+    spec: PretrainSpec, index: SampleIndex, images: ImageSpec, bfloat16: bool
+) -> dict[str, JsonValue]:
+    """Everything that changes the weights."""
+    return {
+        "spec": spec.model_dump(mode="json", exclude={"output", "checkpoint_every"}),
+        "images": images.model_dump(mode="json"),
+        "dataset": index.digest(),
+        "bfloat16": bfloat16,
+    }
+
+
+def _is_complete(folder: Path, identity: dict[str, JsonValue]) -> bool:
+    try:
+        record = json.loads(bytes(LocalFolder(folder).get(RECORD)))
+    except ObjectNotFoundError:
+        return False
+    _check_same({key: record.get(key) for key in identity}, identity, folder / RECORD)
+    return True
+
+
+def _check_same(found: dict[str, JsonValue], wanted: dict[str, JsonValue], place: Path) -> None:
+    if found != wanted:
+        lines = [
+            f"  {key}: {json.dumps(found.get(key))} there, {json.dumps(value)} wanted"
+            for key, value in wanted.items()
+            if found.get(key) != value
+        ]
+        raise SpecError(
+            f"{place} is of another training; choose another pretrain.output or delete the "
+            "folder:\n" + "\n".join(lines)
+        )
+
+
+def _scheduler(spec: PretrainSpec, images: ImageSpec) -> DDPMScheduler:
+    unknown = set(spec.scheduler) - set(DDPMScheduler().config)
+    if unknown:
+        raise SpecError(f"pretrain.scheduler: DDPMScheduler has no {', '.join(sorted(unknown))}")
+    scheduler = DDPMScheduler.from_config(dict(spec.scheduler))
+    if scheduler.config.prediction_type != "epsilon":
+        raise SpecError(
+            f"pretrain.scheduler.prediction_type: {scheduler.config.prediction_type!r}, want "
+            "'epsilon', which is what is trained"
+        )
+    limit = scheduler.config.clip_sample_range
+    if scheduler.config.clip_sample and images.range != (-limit, limit):
+        raise SpecError(
+            f"images.range: {list(images.range)}, want {[-limit, limit]}, to which the scheduler "
+            "clips samples; or set pretrain.scheduler.clip_sample: false"
+        )
+    return scheduler
+
+
+def _model(spec: PretrainSpec, images: ImageSpec) -> UNet2DModel:
+    try:
+        model = UNet2DModel(**spec.model)
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"pretrain.model is not a UNet2DModel: {error}") from error
+    size = model.config.sample_size
+    got = (model.config.in_channels, model.config.out_channels, size)
+    square = images.size[0] if images.size[0] == images.size[1] else list(images.size)
+    if got != (images.n_channels, images.n_channels, square):
+        raise SpecError(
+            f"pretrain.model: (in_channels, out_channels, sample_size) = {got}, want "
+            f"{(images.n_channels, images.n_channels, square)}, the shape of `images`"
+        )
+    return model
+
+
+def _pixel_range(folder: Path) -> tuple[float, float]:
+    """What uint8 0 and 255 were in training; (-1, 1) for models trained elsewhere."""
+    try:
+        record = json.loads(bytes(LocalFolder(folder).get(RECORD)))
+    except ObjectNotFoundError:
+        return -1.0, 1.0
+    low, high = record["images"]["range"]
+    return low, high
+
+
+def _below(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -1,0 +1,139 @@
+"""The receipt: the small JSON that is written last for a unit and says that it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field, JsonValue, ValidationError, model_validator
+
+from drl_data.errors import StoreError
+from drl_data.index import SampleIndex
+from drl_data.objects import Buffer
+from drl_data.plan import InvalidRow, Unit
+from drl_data.spec import FORMAT_VERSION, Spec, canonical_json
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class RunRecord(Spec):
+    """How a unit was computed: seconds by stage, peak memory, where, with what. Never content."""
+
+    seconds: dict[str, float] = Field(default_factory=dict)
+    """Keys: read, decode, encode, denoise, copy, write, wait."""
+    peak_bytes: Count = 0
+    """Peak of the device's memory, 0 on a CPU."""
+    host: str = ""
+    device: str = ""
+    versions: dict[str, str] = Field(default_factory=dict)
+    attempt: Annotated[int, Field(ge=1)] = 1
+
+
+class UnitCounts(Spec):
+    """What was counted while a unit was computed: image bytes read, values clipped per array."""
+
+    input_bytes: Count = 0
+    clipped: dict[str, Count] = Field(default_factory=dict)
+
+
+class ObjectRecord(Spec):
+    """One object that a unit wrote: path in the store, size, CRC-32C of its bytes."""
+
+    path: str
+    n_bytes: Count
+    crc32c: Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class Receipt(Spec):
+    """A unit is done when its receipt exists."""
+
+    format: int = FORMAT_VERSION
+    fingerprint: str
+    unit: Count
+    start: Count
+    stop: int
+    n_ok: Count
+    n_invalid: Count
+    invalid: tuple[InvalidRow, ...]
+    """Rows without features, in increasing order."""
+    counts: UnitCounts
+    objects: tuple[ObjectRecord, ...]
+    run: RunRecord
+
+    @model_validator(mode="after")
+    def _nothing_dropped(self) -> Receipt:
+        rows = [row.row for row in self.invalid]
+        if self.n_ok + self.n_invalid != self.stop - self.start or self.n_invalid != len(rows):
+            raise ValueError(
+                f"{self.n_ok} ok + {self.n_invalid} invalid ({len(rows)} listed) is not the "
+                f"{self.stop - self.start} rows of the unit"
+            )
+        if rows != sorted(set(rows)) or any(not self.start <= row < self.stop for row in rows):
+            raise ValueError(
+                f"invalid rows {rows}: want distinct, increasing rows of {self.start}..{self.stop}"
+            )
+        return self
+
+    def content(self) -> dict[str, JsonValue]:
+        """The part that must be equal however the unit was computed: everything but `run`."""
+        return self.model_dump(mode="json", exclude={"run"})
+
+    def to_json(self) -> bytes:
+        """The object's bytes."""
+        return canonical_json(self.model_dump(mode="json"))
+
+    @classmethod
+    def from_json(cls, data: Buffer, place: str) -> Receipt:
+        """Parse a receipt; `place` names it in errors.
+
+        Raises:
+            StoreError: if it is not a receipt, or of another format.
+        """
+        try:
+            return cls.model_validate_json(bytes(data))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "receipt"
+            raise StoreError(
+                f"{place}: not a receipt of format {FORMAT_VERSION} ({where}: {first['msg']}); "
+                "delete it and run `drl extract` again to compute the unit anew"
+            ) from error
+
+
+def receipt_path(unit: Unit) -> str:
+    """Path of a unit's receipt in the store."""
+    return f"receipts/{unit.id:08d}.json"
+
+
+def conflict(mine: Receipt, signed: Receipt) -> list[str]:
+    """What differs in content: names of arrays with other checksums, then other fields."""
+    theirs = {record.path: record for record in signed.objects}
+    ours = {record.path: record for record in mine.objects}
+    arrays = {
+        path.split("/")[0]
+        for path in ours.keys() | theirs.keys()
+        if ours.get(path) != theirs.get(path)
+    }
+    a, b = mine.content(), signed.content()
+    return [*sorted(arrays), *sorted(k for k in a if k != "objects" and a[k] != b[k])]
+
+
+def sample_table(index: SampleIndex, receipts: Mapping[int, Receipt]) -> pa.Table:
+    """One line per sample, in row order: `FeatureStore.samples` names the columns."""
+    n = index.n_samples
+    status = np.full(n, "pending", object)
+    stage, reason = np.full(n, None, object), np.full(n, None, object)
+    for receipt in receipts.values():
+        status[receipt.start : receipt.stop] = "ok"
+        for row in receipt.invalid:
+            status[row.row], stage[row.row], reason[row.row] = "invalid", row.stage, row.reason
+    urls = np.array([tar.url for tar in index.tars], object)
+    table = index.table.select(["key", "split", "label", "caption"])
+    table = table.add_column(0, "row", pa.array(np.arange(n)))
+    tars = urls[np.asarray(index.table["tar"])]
+    table = table.add_column(3, "tar", pa.array(tars, pa.string()))
+    for name, values in (("status", status), ("stage", stage), ("reason", reason)):
+        table = table.append_column(name, pa.array(values, pa.string()))
+    return table

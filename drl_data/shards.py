@@ -1,0 +1,160 @@
+"""The bytes of one shard (STORE.md, section 3).
+
+An uncompressed shard is its rows in order, then an index of (offset, size) for each inner chunk,
+then the index's CRC-32C. All but the rows is known from the shape alone, so a shard is written as
+[the array's memory, a footer] and read as a view. Nothing here does I/O or imports zarr.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+
+from drl_data.objects import Buffer
+from drl_data.spec import DType
+
+Array = npt.NDArray[np.generic]
+
+CHUNK_BYTES = 64 << 10
+"""Size that an inner chunk of small rows aims at."""
+
+LARGE_ROW_BYTES = 16 << 10
+"""Rows of at least this size are an inner chunk each."""
+
+STORED: Mapping[DType, str] = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
+"""Zarr and NumPy name of the type that holds each feature type; no Zarr reader knows bfloat16."""
+
+_NAN_BITS: Mapping[DType, int] = {"float32": 0x7FC00000, "float16": 0x7E00, "bfloat16": 0x7FC0}
+_EXPONENT_BITS: Mapping[DType, int] = {
+    "float32": 0x7F800000,
+    "float16": 0x7C00,
+    "bfloat16": 0x7F80,
+}
+_MISSING = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """Where the rows of one array lie inside a shard of `rows_per_unit` rows."""
+
+    rows_per_unit: int
+    row_shape: tuple[int, ...]
+    dtype: DType
+
+    @property
+    def stored(self) -> np.dtype[np.generic]:
+        """Little-endian NumPy type of the stored values."""
+        return np.dtype(STORED[self.dtype]).newbyteorder("<")
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row at one timestep."""
+        return math.prod(self.row_shape) * self.stored.itemsize
+
+    @cached_property
+    def rows_per_chunk(self) -> int:
+        """Rows of an inner chunk: 1 from 16 KiB a row; else the divisor of `rows_per_unit` that
+        makes a chunk nearest to 64 KiB (by ratio; the smaller of two equally near)."""
+        if self.row_bytes >= LARGE_ROW_BYTES:
+            return 1
+        target = CHUNK_BYTES / self.row_bytes
+        divisors = (k for k in range(1, self.rows_per_unit + 1) if self.rows_per_unit % k == 0)
+        return min(divisors, key=lambda k: (max(k / target, target / k), k))
+
+    @property
+    def n_chunks(self) -> int:
+        """Inner chunks of a shard, present or missing."""
+        return self.rows_per_unit // self.rows_per_chunk
+
+    def path(self, name: str, time_index: int, unit_id: int) -> str:
+        """Path of the object: Zarr's default key of this chunk of the array `name`."""
+        return f"{name}/c/{unit_id}/{time_index}" + "/0" * len(self.row_shape)
+
+    @property
+    def footer_bytes(self) -> int:
+        """Bytes of the shard index and its checksum."""
+        return 16 * self.n_chunks + 4
+
+    def data_bytes(self, n_rows: int) -> int:
+        """Bytes before the footer of a shard of `n_rows` rows: whole inner chunks."""
+        return math.ceil(n_rows / self.rows_per_chunk) * self.rows_per_chunk * self.row_bytes
+
+    def shard_bytes(self, n_rows: int) -> int:
+        """Size of the object that holds `n_rows` rows."""
+        return self.data_bytes(n_rows) + self.footer_bytes
+
+    def footer(self, n_rows: int) -> bytes:
+        """The shard index (offset, size as u64 little-endian per inner chunk), then its CRC-32C."""
+        size = self.rows_per_chunk * self.row_bytes
+        index = np.full((self.n_chunks, 2), _MISSING, "<u8")
+        n_present = self.data_bytes(n_rows) // size
+        index[:n_present, 0] = np.arange(n_present, dtype="<u8") * size
+        index[:n_present, 1] = size
+        data = index.tobytes()
+        return data + struct.pack("<I", crc32c([data]))
+
+    def parts(self, rows: Array, invalid: Sequence[int]) -> list[Buffer]:
+        """The shard of `rows` [n_rows, *row_shape], without copying them.
+
+        `invalid` are positions in `rows` that are written as NaN instead, in increasing order. The
+        concatenation of the parts is the object.
+        """
+        flat = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
+        nan_row = self.nan_rows(1).reshape(-1).view(np.uint8)
+        pieces: list[Array] = []
+        start = 0
+        for row in (*invalid, len(rows)):
+            pieces.append(flat[start * self.row_bytes : row * self.row_bytes])
+            if row < len(rows):
+                pieces.append(nan_row)
+            start = row + 1
+        padding = (self.data_bytes(len(rows)) - flat.nbytes) // self.row_bytes
+        pieces.append(self.nan_rows(padding).reshape(-1).view(np.uint8))
+        return [*(piece.data for piece in pieces if piece.size), self.footer(len(rows))]
+
+    def nan_rows(self, n_rows: int) -> Array:
+        """Rows of quiet NaN, [n_rows, *row_shape]."""
+        bits = np.full((n_rows, *self.row_shape), _NAN_BITS[self.dtype], _bits_type(self.dtype))
+        return bits.view(self.stored)
+
+    def rows(self, shard: Array, n_rows: int) -> Array | None:
+        """View of the rows in a shard's bytes (uint8); None if it is laid out otherwise."""
+        if len(shard) != self.shard_bytes(n_rows):
+            return None
+        if shard[self.data_bytes(n_rows) :].tobytes() != self.footer(n_rows):
+            return None
+        data = shard[: n_rows * self.row_bytes]
+        return data.view(self.stored).reshape(n_rows, *self.row_shape)
+
+
+def _bits_type(dtype: DType) -> np.dtype[np.generic]:
+    return np.dtype("<u4" if dtype == "float32" else "<u2")
+
+
+def crc32c(parts: Iterable[Buffer]) -> int:
+    """CRC-32C (Castagnoli) of the concatenation of `parts`."""
+    value = 0
+    for part in parts:
+        # google_crc32c refuses memoryviews but takes the same memory as an array.
+        value = google_crc32c.extend(value, np.frombuffer(part, np.uint8))
+    return value
+
+
+def non_finite_rows(rows: Array, dtype: DType) -> npt.NDArray[np.int64]:
+    """Positions of the rows of `rows` [n, *shape] that hold an Inf or a NaN."""
+    mask = _bits_type(dtype).type(_EXPONENT_BITS[dtype])
+    bits = np.ascontiguousarray(rows).reshape(len(rows), -1).view(_bits_type(dtype))
+    # An exponent of all ones is Inf or NaN. In blocks, so that the temporary stays in the cache.
+    step = max((1 << 20) // (bits.shape[1] * bits.itemsize), 1)
+    blocks = [
+        start + np.flatnonzero((bits[start : start + step] & mask).max(axis=1) == mask)
+        for start in range(0, len(bits), step)
+    ]
+    return np.concatenate(blocks)

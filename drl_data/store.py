@@ -1,0 +1,475 @@
+"""FeatureStore: features of one spec, in Zarr v3, written unit by unit (STORE.md is normative).
+
+    create -> write metadata, once, before any unit
+    write  -> check everything, put one shard per (array, timestep), sign with a receipt, last
+    read   -> memory maps on a local disk, ranged reads elsewhere; zarr-python only as a fallback
+
+The store takes and returns NumPy arrays; bfloat16 features travel as their uint16 bit patterns.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from drl_data.errors import (
+    AlignmentError,
+    ConflictError,
+    FeatureError,
+    ObjectNotFoundError,
+    StoreError,
+    TapError,
+)
+from drl_data.index import SampleIndex
+from drl_data.objects import Buffer, Folder, open_folder
+from drl_data.plan import InvalidRow, Unit, plan_units
+from drl_data.receipts import (
+    ObjectRecord,
+    Receipt,
+    RunRecord,
+    UnitCounts,
+    conflict,
+    receipt_path,
+    sample_table,
+)
+from drl_data.shard_reader import ShardReader, in_threads
+from drl_data.shards import Array, ShardLayout, crc32c, non_finite_rows
+from drl_data.spec import ArraySpec, FeatureSpec, ResolvedTime, canonical_json
+from drl_data.store_metadata import (
+    Described,
+    check_arrays,
+    parse_root,
+    require_same,
+    store_metadata,
+    timestep_values,
+)
+from drl_data.verify import Problem, seal_content, verify
+
+__all__ = ["FeatureStore", "Problem", "Receipt", "RunRecord", "UnitCounts"]
+
+NO_COUNTS = UnitCounts()
+
+
+class FeatureStore:
+    """All features of one spec. Pickles by URL; a copy in another process opens it again."""
+
+    def __init__(
+        self,
+        folder: Folder,
+        described: Described,
+        index: SampleIndex | None = None,
+    ) -> None:
+        """Not for users: `create` and `open` make stores."""
+        self.folder = folder
+        self.url = folder.url
+        self.described = described
+        self.spec, self.arrays, self.times = described
+        spec = self.spec
+        self.fingerprint = spec.fingerprint()
+        self.units = plan_units(spec.n_samples, spec.rows_per_unit)
+        self._index = index
+        self.layouts = {
+            a.name: ShardLayout(spec.rows_per_unit, a.shape, a.dtype) for a in self.arrays
+        }
+        self._reader = ShardReader(folder, self.layouts, self.units)
+
+    def __reduce__(self) -> tuple[Callable[[str], FeatureStore], tuple[str]]:
+        return FeatureStore.open, (self.url,)
+
+    def __repr__(self) -> str:
+        return (
+            f"FeatureStore({self.url!r}, {len(self.arrays)} arrays x {len(self.times)} timesteps)"
+        )
+
+    # --- making and opening ---------------------------------------------------------------------
+
+    @classmethod
+    def create(
+        cls,
+        url: str,
+        spec: FeatureSpec,
+        arrays: Sequence[ArraySpec],
+        times: Sequence[ResolvedTime],
+        index: SampleIndex,
+    ) -> FeatureStore:
+        """Write all metadata, or open the store that is there if it holds exactly this.
+
+        The group's `zarr.json` is put first, if absent, and claims the URL; the rest follows from
+        it, so a creation that was cut short is completed by the next one.
+
+        Raises:
+            SpecError: arrays that Zarr or xarray cannot hold.
+            StoreMismatchError: the store there holds another spec, listed leaf by leaf.
+            TapError: the same spec, but taps resolved to other arrays, both listed.
+            StoreError: something else is there; or index, times and spec do not fit together.
+        """
+        check_arrays(arrays)
+        store = cls(open_folder(url), Described(spec, tuple(arrays), tuple(times)), index)
+        if index.n_samples != spec.n_samples or not times:
+            raise StoreError(
+                f"{url}: the index has {index.n_samples} samples and {len(times)} timesteps; want "
+                f"{spec.n_samples} samples, as the spec says, and at least one timestep"
+            )
+        objects = store.metadata()
+        root = objects.pop("zarr.json")
+        if not store.folder.put_if_absent("zarr.json", root):
+            existing = cls.open(url)
+            require_same(existing.url, existing.described, store.described)
+            if existing._has("index.parquet"):
+                existing._index = index
+                return existing
+        in_threads(lambda path: store.folder.put(path, [objects[path]]), list(objects))
+        index.save(f"{store.url}/index.parquet")
+        return store
+
+    @classmethod
+    def open(cls, url: str) -> FeatureStore:
+        """The store at a folder or URL, from one small object.
+
+        Raises:
+            StoreError: there is none, or not one of this format.
+        """
+        folder = open_folder(url)
+        try:
+            root = folder.get("zarr.json")
+        except ObjectNotFoundError as error:
+            raise StoreError(
+                f"{url}: no store here (no zarr.json); `drl extract` makes one"
+            ) from error
+        return cls(folder, parse_root(bytes(root), url))
+
+    @staticmethod
+    def exists(url: str) -> bool:
+        """Whether a Zarr node lies at the URL (`open` says whether it is a store)."""
+        return _has(open_folder(url), "zarr.json")
+
+    def _has(self, path: str) -> bool:
+        return _has(self.folder, path)
+
+    def metadata(self) -> dict[str, bytes]:
+        """Path -> bytes of every object but the index that is known before any unit."""
+        return store_metadata(self.described)
+
+    # --- what it holds --------------------------------------------------------------------------
+
+    @property
+    def index(self) -> SampleIndex:
+        """The sample index that the store was made from; read at first use."""
+        if self._index is None:
+            self._index = SampleIndex.load(f"{self.url}/index.parquet")
+        return self._index
+
+    @cached_property
+    def _by_name(self) -> dict[str, ArraySpec]:
+        return {a.name: a for a in self.arrays}
+
+    def array(self, name: str) -> ArraySpec:
+        """The array of that name.
+
+        Raises:
+            TapError: there is none.
+        """
+        if name not in self._by_name:
+            raise TapError(f"{self.url}: no array {name!r}; it has {', '.join(self._by_name)}")
+        return self._by_name[name]
+
+    def time_index(self, timestep: float) -> int:
+        """Position of a requested timestep on the `timestep` axis.
+
+        Raises:
+            TapError: the store does not have it.
+        """
+        requested = [time.requested for time in self.times]
+        if timestep not in requested:
+            values = timestep_values(self.times).tolist()
+            raise TapError(f"{self.url}: no timestep {timestep:g}; it has {values}")
+        return requested.index(timestep)
+
+    def shards(self, unit: Unit) -> list[tuple[str, int, str]]:
+        """(array, time index, path) of each feature shard of a unit, in the order of STORE.md."""
+        return [
+            (a.name, t, self.layouts[a.name].path(a.name, t, unit.id))
+            for a in self.arrays
+            for t in range(len(self.times))
+        ]
+
+    # --- writing --------------------------------------------------------------------------------
+
+    def write(
+        self,
+        unit: Unit,
+        features: Mapping[str, Array],
+        invalid: Sequence[InvalidRow],
+        run: RunRecord,
+        counts: UnitCounts = NO_COUNTS,
+    ) -> Receipt:
+        """Write one whole unit and sign it; the first signature wins.
+
+        `features`: for each array [n_timesteps, unit.n_rows, *shape] of the stored type (bfloat16
+        as uint16). Rows listed in `invalid` are stored as NaN whatever is passed for them. All is
+        checked before the first byte is written. A unit that is signed already is not written
+        again. The receipt returned is the one in the store.
+
+        Raises:
+            AlignmentError: the unit is not one of `units`.
+            FeatureError: missing or unknown arrays, shapes, dtypes, values that are not finite.
+            ConflictError: the unit is signed with other content.
+        """
+        started = time.perf_counter()
+        self._check_unit(unit)
+        invalid = sorted(invalid, key=lambda row: row.row)
+        holes = self._check_invalid(unit, invalid)
+        self._check_features(unit, features, holes)
+        objects: dict[str, list[Buffer]] = {
+            path: self.layouts[name].parts(features[name][t], holes)
+            for name, t, path in self.shards(unit)
+        }
+        objects[f"valid/c/{unit.id}"] = [self.valid_chunk(unit, invalid)]
+        receipt = Receipt(
+            fingerprint=self.fingerprint,
+            unit=unit.id,
+            start=unit.start,
+            stop=unit.stop,
+            n_ok=unit.n_rows - len(holes),
+            n_invalid=len(holes),
+            invalid=tuple(invalid),
+            counts=counts,
+            objects=tuple(
+                ObjectRecord(path=path, n_bytes=_n_bytes(parts), crc32c=crc32c(parts))
+                for path, parts in objects.items()
+            ),
+            run=run,
+        )
+        signed = self.receipt(unit)
+        if signed is not None:
+            return self._agreed(receipt, signed, written=False)
+        in_threads(lambda path: self.folder.put(path, objects[path]), list(objects))
+        seconds = {**run.seconds, "write": time.perf_counter() - started}
+        receipt = receipt.model_copy(update={"run": run.model_copy(update={"seconds": seconds})})
+        if self.folder.put_if_absent(receipt_path(unit), receipt.to_json()):
+            return receipt
+        signed = self.receipt(unit)
+        if signed is None:
+            raise StoreError(f"{self._place(unit)}: its receipt was deleted while it was written")
+        return self._agreed(receipt, signed, written=True)
+
+    def _place(self, unit: Unit) -> str:
+        return f"{self.url}, unit {unit.id}"
+
+    def valid_chunk(self, unit: Unit, invalid: Iterable[InvalidRow]) -> bytes:
+        """The unit's chunk of the array `valid`: one byte a row, padded to a whole unit."""
+        valid = np.zeros(self.spec.rows_per_unit, np.bool_)
+        valid[: unit.n_rows] = True
+        valid[[row.row - unit.start for row in invalid]] = False
+        return valid.tobytes()
+
+    def _agreed(self, mine: Receipt, signed: Receipt, *, written: bool) -> Receipt:
+        """The receipt in the store, if mine says the same."""
+        differing = conflict(mine, signed)
+        if differing:
+            state = (
+                "its objects may now be of either writer; delete the receipt and extract again"
+                if written
+                else "nothing was written; find out what differs between the two runs: "
+                f"{signed.run.versions} on {signed.run.device!r} then, "
+                f"{mine.run.versions} on {mine.run.device!r} now"
+            )
+            raise ConflictError(
+                f"{self.url}, unit {mine.unit}: signed before with other content in "
+                f"{', '.join(differing)}; {state}"
+            )
+        return signed
+
+    def _check_unit(self, unit: Unit) -> None:
+        if not 0 <= unit.id < len(self.units) or self.units[unit.id] != unit:
+            raise AlignmentError(
+                f"{self.url}: rows {unit.start}..{unit.stop} as unit {unit.id} are not one whole "
+                f"unit of {self.spec.rows_per_unit} rows; two writers of one shard lose rows. "
+                "Take units from `store.units` or `store.pending()`"
+            )
+
+    def _check_invalid(self, unit: Unit, invalid: Sequence[InvalidRow]) -> list[int]:
+        """Positions of the invalid rows in the unit."""
+        holes = [row.row - unit.start for row in invalid]
+        if len(set(holes)) != len(holes) or any(not 0 <= h < unit.n_rows for h in holes):
+            raise FeatureError(
+                f"{self._place(unit)}: invalid rows {[row.row for row in invalid]}; want distinct "
+                f"rows of {unit.start}..{unit.stop}"
+            )
+        return holes
+
+    def _check_features(
+        self, unit: Unit, features: Mapping[str, Array], holes: Sequence[int]
+    ) -> None:
+        if features.keys() != self._by_name.keys():
+            missing = sorted(self._by_name.keys() - features.keys())
+            unknown = sorted(features.keys() - self._by_name.keys())
+            raise FeatureError(
+                f"{self._place(unit)}: arrays missing {missing}, unknown {unknown}; want exactly "
+                f"{list(self._by_name)}"
+            )
+        for name, array in features.items():
+            layout = self.layouts[name]
+            want = (len(self.times), unit.n_rows, *layout.row_shape)
+            if array.shape != want or array.dtype != layout.stored:
+                raise FeatureError(
+                    f"{self._place(unit)}, tap {name!r}: {array.dtype.name} {array.shape}, want "
+                    f"{layout.stored.name} {want} (timestep, row, ...)"
+                )
+        for name, array in features.items():
+            for t, resolved in enumerate(self.times):
+                bad = np.setdiff1d(non_finite_rows(array[t], self.layouts[name].dtype), holes)
+                if bad.size:
+                    row = unit.start + int(bad[0])
+                    raise FeatureError(
+                        f"{self._place(unit)}, tap {name!r}, timestep {resolved.requested:g}: "
+                        f"{bad.size} rows are not finite, the first is row {row} (key "
+                        f"{self.index.table['key'][row].as_py()!r}); want finite values. Store "
+                        "as bfloat16 or float32, or set `overflow: clip`"
+                    )
+
+    # --- receipts -------------------------------------------------------------------------------
+
+    def receipt(self, unit: Unit) -> Receipt | None:
+        """The receipt of a unit, None if it is not done.
+
+        Raises:
+            StoreError: the object is there but is no receipt.
+        """
+        path = receipt_path(unit)
+        try:
+            data = self.folder.get(path)
+        except ObjectNotFoundError:
+            return None
+        return Receipt.from_json(data, f"{self.url}/{path}")
+
+    def receipts(self) -> dict[int, Receipt]:
+        """Unit id -> receipt of every unit that is done."""
+        pending = {unit.id for unit in self.pending()}
+        done = [unit for unit in self.units if unit.id not in pending]
+        found = in_threads(self.receipt, done)
+        return {receipt.unit: receipt for receipt in found if receipt is not None}
+
+    def pending(self, units: Iterable[Unit] | None = None) -> list[Unit]:
+        """Units without a receipt, of `units` or of all, in their order; one listing."""
+        signed = {info.path for info in self.folder.list("receipts")}
+        return [
+            u for u in (self.units if units is None else units) if receipt_path(u) not in signed
+        ]
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the store is complete and says so."""
+        return self._has("sealed.json")
+
+    def seal(self) -> None:
+        """Write the final sample table and the seal; a sealed store stays as it is.
+
+        Raises:
+            StoreError: units are pending.
+        """
+        receipts = self.receipts()
+        pending = [unit.id for unit in self.units if unit.id not in receipts]
+        if pending:
+            raise StoreError(
+                f"{self.url}: {len(pending)} of {len(self.units)} units have no receipt, the first "
+                f"is unit {pending[0]}; run `drl extract` again before sealing"
+            )
+        if self.sealed:
+            return
+        sink = pa.BufferOutputStream()
+        pq.write_table(sample_table(self.index, receipts), sink, compression="zstd")
+        samples = memoryview(sink.getvalue())
+        self.folder.put("samples.parquet", [samples])
+        self.folder.put_if_absent("sealed.json", canonical_json(seal_content(receipts, samples)))
+
+    def samples(self) -> pa.Table:
+        """One line per sample, in row order.
+
+        Columns: row int64, key, split, tar (URL), label int64, caption, status (`ok`, `invalid` or
+        `pending`), stage and reason (null unless invalid).
+        """
+        if self.sealed:
+            return pq.read_table(pa.BufferReader(self.folder.get("samples.parquet")))
+        return sample_table(self.index, self.receipts())
+
+    def valid_rows(self) -> npt.NDArray[np.bool_]:
+        """Whether each row has features, [n_samples]; False for pending rows."""
+        if self.sealed:
+            table = pq.read_table(
+                pa.BufferReader(self.folder.get("samples.parquet")), columns=["status"]
+            )
+            return np.array([status == "ok" for status in table["status"].to_pylist()], np.bool_)
+        valid = np.zeros(self.spec.n_samples, np.bool_)
+        for receipt in self.receipts().values():
+            valid[receipt.start : receipt.stop] = True
+            valid[[row.row for row in receipt.invalid]] = False
+        return valid
+
+    # --- reading --------------------------------------------------------------------------------
+
+    def read_unit(self, name: str, time_index: int, unit: Unit) -> Array:
+        """Features [unit.n_rows, *shape] of one unit, read-only and without a copy.
+
+        A memory map on a local disk, the memory of one GET elsewhere. Invalid rows are NaN.
+
+        Raises:
+            TapError: no such array or timestep.
+            AlignmentError: the unit is not one of `units`.
+            StoreError: the unit is not written, or its shard is damaged.
+        """
+        self._check_unit(unit)
+        self._check_read(name, time_index)
+        return self._reader.read_unit(name, time_index, unit)
+
+    def read_rows(self, name: str, time_index: int, rows: npt.ArrayLike) -> Array:
+        """Features [len(rows), *shape] of any rows, in any order, with repeats.
+
+        Rows of one shard that lie close are read in one request; requests run in threads.
+
+        Raises:
+            TapError: no such array or timestep.
+            StoreError: a row that is out of range or not written, or a damaged shard.
+        """
+        self._check_read(name, time_index)
+        wanted = np.asarray(rows, np.int64).reshape(-1)
+        if wanted.size and not 0 <= wanted.min() <= wanted.max() < self.spec.n_samples:
+            raise StoreError(
+                f"{self.url}: rows {wanted.min()}..{wanted.max()} asked for; want rows of "
+                f"0..{self.spec.n_samples - 1}"
+            )
+        return self._reader.read_rows(name, time_index, wanted)
+
+    def _check_read(self, name: str, time_index: int) -> None:
+        self.array(name)
+        if not 0 <= time_index < len(self.times):
+            raise TapError(
+                f"{self.url}: time index {time_index}; want 0..{len(self.times) - 1}, the "
+                "position on the `timestep` axis (`store.time_index(timestep)` gives it)"
+            )
+
+    def verify(self, deep: bool = False) -> list[Problem]:
+        """What is not as STORE.md says; empty for a store that is whole.
+
+        Looks at receipts, metadata and the size of every object by listing; `deep` also reads all
+        bytes: checksums, shard indices, values of valid rows.
+        """
+        return verify(self, deep=deep)
+
+
+def _has(folder: Folder, path: str) -> bool:
+    try:
+        folder.head(path)
+    except ObjectNotFoundError:
+        return False
+    return True
+
+
+def _n_bytes(parts: Sequence[Buffer]) -> int:
+    return sum(memoryview(part).nbytes for part in parts)

@@ -1,0 +1,255 @@
+"""One linear classifier for every (tap, timestep) cell of a store, trained together in one pass.
+
+The best cell of a source (this store, other stores, raw pixels) is chosen on a validation part of
+the train split; its accuracy on the test split is reported, which is used for nothing else.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from drl_data.errors import InputError, SpecError
+from drl_data.intervals import t_interval, wilson_interval
+from drl_data.linear_probes import PIXELS_KEY, LinearProbes, PooledFeatures, ProbeSplit
+from drl_data.progress import SILENT, Progress
+from drl_data.spec import Pipeline, ProbeSpec, Spec
+from drl_data.splits import finished_store
+from drl_data.store import FeatureStore
+from drl_data.threads import one_thread
+
+PIXELS = "pixels"
+"""Name of the source that has no backbone at all."""
+
+
+# --- results ------------------------------------------------------------------------------------
+
+
+class ProbeCell(Spec):
+    """Accuracies 0..1 of one (tap, timestep), one number for each seed."""
+
+    tap: str
+    timestep: float | None
+    """None for pixels."""
+    validation: tuple[float, ...]
+    validation_loss: tuple[float, ...]
+    """Cross-entropy in nats; decides between cells of equal validation accuracy."""
+    test: tuple[float, ...]
+
+    @property
+    def mean_validation(self) -> float:
+        """Mean over seeds."""
+        return statistics.fmean(self.validation)
+
+    @property
+    def mean_test(self) -> float:
+        """Mean over seeds."""
+        return statistics.fmean(self.test)
+
+
+class ProbeSource(Spec):
+    """All cells of one store, or the raw pixels."""
+
+    label: str
+    store: str | None
+    fingerprint: str | None
+    cells: tuple[ProbeCell, ...]
+    n_train: int
+    n_validation: int
+    n_test: int
+
+    @property
+    def best(self) -> ProbeCell:
+        """The cell with the best mean validation accuracy; the test split has no say."""
+        return max(
+            self.cells, key=lambda c: (c.mean_validation, -statistics.fmean(c.validation_loss))
+        )
+
+    @property
+    def seed_interval(self) -> tuple[float, float]:
+        """95 % interval of the best cell's mean test accuracy over seeds (Student's t),
+        within 0..1."""
+        low, high = t_interval(self.best.test)
+        return max(low, 0.0), min(high, 1.0)
+
+    @property
+    def sampling_interval(self) -> tuple[float, float]:
+        """95 % interval that the size of the test split leaves open, at the mean (Wilson 1927)."""
+        return wilson_interval(self.best.mean_test, self.n_test)
+
+
+class ProbeResult(Spec):
+    """What `run_probe` found; JSON on disk."""
+
+    pipeline: str
+    spec: ProbeSpec
+    n_classes: int
+    chance: float
+    """1 / classes."""
+    majority: float
+    """Test accuracy of always answering the commonest class of the train split."""
+    sources: tuple[ProbeSource, ...]
+    device: str
+    seconds: float
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON; makes the folder."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(self.model_dump_json(indent=1), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> ProbeResult:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: if there is no such file, or it is not a probe's result.
+        """
+        try:
+            return cls.model_validate_json(Path(path).read_bytes())
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{path}: not the result of a probe ({error}); run `drl probe` again"
+            ) from error
+
+
+def format_table(result: ProbeResult) -> Table:
+    """For the terminal: the best cell of each source, chosen on validation."""
+    first = result.sources[0]
+    table = Table(
+        title=f"Linear probes, {result.n_classes} classes, {len(result.spec.seeds)} seeds, "
+        f"{first.n_train} / {first.n_validation} / {first.n_test} train / validation / test",
+        caption=f"chance {result.chance:.1%}, majority class {result.majority:.1%}; best cell by "
+        "validation. Intervals are 95 %: over seeds (t), and of the test split's size (Wilson)",
+        title_justify="left",
+        caption_justify="left",
+        box=None,
+    )
+    for name in ("source", "best tap", "timestep"):
+        table.add_column(name, no_wrap=True)
+    for name in ("validation", "test", "over seeds", "test split"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for source in result.sources:
+        best = source.best
+        table.add_row(
+            source.label,
+            "" if best.timestep is None else best.tap,
+            "" if best.timestep is None else f"{best.timestep:g}",
+            f"{best.mean_validation:.1%}",
+            f"{best.mean_test:.1%}",
+            _span(source.seed_interval),
+            _span(source.sampling_interval),
+        )
+    return table
+
+
+def _span(interval: tuple[float, float]) -> str:
+    return "{:.1%}..{:.1%}".format(*interval)
+
+
+# --- the task -----------------------------------------------------------------------------------
+
+
+def run_probe(
+    pipeline: Pipeline, *, device: str | None = None, progress: Progress = SILENT
+) -> ProbeResult:
+    """Probe the pipeline's store, the stores of `probe.compare`, and raw pixels.
+
+    Writes `<results>/probe.json`. `device` defaults to the first visible GPU, else the CPU.
+
+    Raises:
+        SpecError: no `probe` section, an unknown split, a store of another dataset.
+        UserError: a store that is not there or not complete.
+    """
+    spec = pipeline.probe
+    if spec is None:
+        raise SpecError(f"pipeline {pipeline.name!r} lacks probe; `probe: {{}}` takes the defaults")
+    started = time.perf_counter()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if taken := {pipeline.name, PIXELS} & spec.compare.keys():
+        raise SpecError(f"probe.compare: {min(taken)!r} names another source; choose another label")
+    own = finished_store(pipeline, "probe")
+    split = ProbeSplit.of(own, spec)
+    stores = {pipeline.name: own} | {
+        label: _compared_store(label, path, own) for label, path in spec.compare.items()
+    }
+    sources: list[ProbeSource] = []
+    pixels: list[ProbeSource] = []
+    with progress.bar("probe", len(stores) * spec.epochs, "epochs") as bar:
+        for label, store in stores.items():
+            part = split if store is own else ProbeSplit.of(store, spec)
+            data = PooledFeatures(store, spec, part, pixels=spec.pixels and store is own)
+            probes = LinearProbes(data.shapes, split.n_classes, spec.seeds, device)
+            with one_thread(probes.small):
+                probes.standardise(data)
+                for loss in probes.train(data, spec):
+                    bar.advance(loss=loss)
+                found = _sources(label, store, probes, data)
+            sources.append(found[0])
+            pixels.extend(found[1:])
+    result = ProbeResult(
+        pipeline=pipeline.name,
+        spec=spec,
+        n_classes=split.n_classes,
+        chance=1 / split.n_classes,
+        majority=split.majority(),
+        sources=(*sources, *pixels),
+        device=device,
+        seconds=time.perf_counter() - started,
+    )
+    result.save(Path(pipeline.results) / "probe.json")
+    return result
+
+
+def _compared_store(label: str, path: str, own: FeatureStore) -> FeatureStore:
+    """The store of another pipeline file, over the same samples."""
+    store = finished_store(Pipeline.load(path), f"probe.compare.{label}")
+    if store.spec.dataset != own.spec.dataset:
+        raise SpecError(
+            f"probe.compare.{label}: {store.url} holds another dataset than {own.url} "
+            f"({store.spec.dataset[:12]}..., want {own.spec.dataset[:12]}...); accuracies on "
+            "different images do not compare"
+        )
+    return store
+
+
+def _sources(
+    label: str, store: FeatureStore, probes: LinearProbes, data: PooledFeatures
+) -> list[ProbeSource]:
+    """The store's cells and, if they were probed, the pixels'."""
+    validation = probes.score(data, data.split.validation, data.train_split)
+    test = probes.score(data, data.split.test, data.test_split)
+    counts = {
+        "n_train": len(data.split.train),
+        "n_validation": len(data.split.validation),
+        "n_test": len(data.split.test),
+    }
+
+    def cells(name: str, times: Sequence[float | None]) -> list[ProbeCell]:
+        return [
+            ProbeCell(
+                tap=PIXELS if name == PIXELS_KEY else name,
+                timestep=timestep,
+                validation=tuple(validation[name].accuracy[t].tolist()),
+                validation_loss=tuple(validation[name].loss[t].tolist()),
+                test=tuple(test[name].accuracy[t].tolist()),
+            )
+            for t, timestep in enumerate(times)
+        ]
+
+    times = [when.requested for when in store.times]
+    own = ProbeSource(
+        label=label,
+        store=store.url,
+        fingerprint=store.fingerprint,
+        cells=tuple(cell for a in store.arrays for cell in cells(a.name, times)),
+        **counts,
+    )
+    if PIXELS_KEY not in data.shapes:
+        return [own]
+    floor = tuple(cells(PIXELS_KEY, [None]))
+    return [own, ProbeSource(label=PIXELS, store=None, fingerprint=None, cells=floor, **counts)]

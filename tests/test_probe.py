@@ -1,0 +1,317 @@
+"""The probe: what it learns, what it never sees, how it is reported."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from scipy import stats
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+
+from drl_data import linear_probes
+from drl_data.errors import InputError, SpecError, UserError
+from drl_data.intervals import t_interval, wilson_interval
+from drl_data.linear_probes import LinearProbes, PooledFeatures, ProbeSplit
+from drl_data.shards import Array
+from drl_data.spec import Pipeline, ProbeSpec, StoreSpec
+from drl_data.splits import is_validation
+from drl_data.store import FeatureStore
+from drl_data.tasks.probe import (
+    ProbeCell,
+    ProbeResult,
+    ProbeSource,
+    format_table,
+    run_probe,
+)
+from drl_data.threads import one_thread
+from tests.task_stores import N_CLASSES, digits_index, noise, pipeline_of, store_of, toy_index
+
+N_TRAIN, N_TEST = 600, 200
+N = N_TRAIN + N_TEST
+LABELS = np.random.default_rng(1).integers(0, N_CLASSES, N)
+SPLITS = ["train"] * N_TRAIN + ["test"] * N_TEST
+QUICK = ProbeSpec(epochs=15, seeds=(0, 1), pixels=False, learning_rate=0.05)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+def pipeline(store: FeatureStore, results: Path, spec: ProbeSpec = QUICK) -> Pipeline:
+    return pipeline_of(store, results, probe=spec)
+
+
+def clusters(labels: Array = LABELS, n_channels: int = 8, strength: float = 6.0) -> Array:
+    """One Gaussian cluster per class, [n, channel]."""
+    centres = np.random.default_rng(7).standard_normal((N_CLASSES, n_channels)) * strength
+    return (centres[labels] + noise(len(labels), n_channels)).astype(np.float32)
+
+
+def cell(result: ProbeResult, tap: str, timestep: float, source: int = 0) -> ProbeCell:
+    (found,) = [c for c in result.sources[source].cells if (c.tap, c.timestep) == (tap, timestep)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> tuple[FeatureStore, ProbeResult, Path]:
+    """A store with a signal at (good, 11) and (map, 10) only, and its probe."""
+    folder = tmp_path_factory.mktemp("probe")
+    good = np.stack([noise(N, 8, seed=3), clusters()])
+    maps = np.stack([np.tile(clusters()[:, :, None, None], (1, 1, 2, 3)), noise(N, 8, 2, 3)])
+    maps += noise(*maps.shape, seed=4)  # the mean over space brings the signal back
+    tokens = noise(2, N, 3, 5, seed=5)
+    index = toy_index(LABELS.tolist(), SPLITS)
+    store = store_of(folder / "store", {"good": good, "map": maps, "tokens": tokens}, index)
+    return store, run_probe(pipeline(store, folder / "results")), folder
+
+
+def test_separates_what_is_separable_and_nothing_else(
+    toy: tuple[FeatureStore, ProbeResult, Path],
+) -> None:
+    _, result, _ = toy
+    for tap, timestep in (("good", 11), ("map", 10)):
+        assert min(cell(result, tap, timestep).test) > 0.99
+        assert min(cell(result, tap, timestep).validation) > 0.99
+    for tap, timestep in (("good", 10), ("map", 11), ("tokens", 10), ("tokens", 11)):
+        # Four classes: chance is 25 %, four standard errors of 200 rows are 12 %.
+        assert all(0.13 < p < 0.37 for p in cell(result, tap, timestep).test)
+    assert (result.n_classes, result.chance) == (N_CLASSES, 0.25)
+    (source,) = result.sources
+    assert source.best in (cell(result, "good", 11), cell(result, "map", 10))
+    counts = np.bincount(
+        LABELS[:N_TRAIN][[not is_validation(f"key-{r:05d}", 0.15) for r in range(N_TRAIN)]]
+    )
+    assert result.majority == (LABELS[N_TRAIN:] == counts.argmax()).mean()
+
+
+def test_shuffled_labels_are_at_chance(tmp_path: Path) -> None:
+    shuffled = np.random.default_rng(5).permutation(LABELS)
+    store = store_of(
+        tmp_path / "store", {"good": clusters()[None]}, toy_index(shuffled.tolist(), SPLITS)
+    )
+    (source,) = run_probe(pipeline(store, tmp_path)).sources
+    assert all(0.13 < p < 0.37 for p in source.cells[0].test)
+
+
+def test_equals_logistic_regression_on_real_digits(tmp_path: Path) -> None:
+    images, labels = load_digits(return_X_y=True)
+    splits = np.where(np.arange(len(labels)) % 5 == 0, "test", "train")
+    store = store_of(
+        tmp_path / "store",
+        {"pixels": images[None].astype(np.float32)},
+        toy_index(labels.tolist(), splits.tolist()),
+    )
+    spec = ProbeSpec(pixels=False)
+    (source,) = run_probe(pipeline(store, tmp_path, spec)).sources
+    keys = store.index.table["key"].to_pylist()
+    train = np.array(
+        [s == "train" and not is_validation(k, 0.15) for s, k in zip(splits, keys, strict=True)]
+    )
+    mean, std = images[train].mean(0), images[train].std(0)
+    x = (images - mean) / np.where(std > 0, std, 1)
+    reference = LogisticRegression(max_iter=1000).fit(x[train], labels[train])
+    want = reference.score(x[splits == "test"], labels[splits == "test"])
+    assert abs(source.best.mean_test - want) < 0.02
+    assert want > 0.94
+
+
+def test_the_digest_of_the_key_chooses_validation(
+    toy: tuple[FeatureStore, ProbeResult, Path],
+) -> None:
+    store, result, _ = toy
+    split = ProbeSplit.of(store, QUICK)
+    keys = store.index.table["key"].to_pylist()
+    assert [keys[r] for r in split.validation] == [
+        k for k in keys[:N_TRAIN] if is_validation(k, 0.15)
+    ]
+    assert sorted([*split.train, *split.validation]) == list(range(N_TRAIN))
+    assert split.test.tolist() == list(range(N_TRAIN, N))
+    assert 60 < len(split.validation) < 120
+    wider = {k for k in keys if is_validation(k, 0.3)}
+    assert {k for k in keys if is_validation(k, 0.15)} < wider
+    assert result.sources[0].n_validation == len(split.validation)
+
+
+def test_cells_together_learn_what_a_cell_learns_alone(
+    toy: tuple[FeatureStore, ProbeResult, Path], tmp_path: Path
+) -> None:
+    store, together, _ = toy
+    for array in store.arrays:
+        whole = np.stack([store.read_rows(array.name, t, range(N)) for t in range(2)])
+        alone = store_of(tmp_path / array.name, {array.name: whole[1:]}, store.index)
+        (weights, data) = trained(alone)
+        (all_weights, _) = trained(store)
+        torch.testing.assert_close(
+            weights.weight[array.name][0], all_weights.weight[array.name][1], rtol=1e-5, atol=1e-6
+        )
+        one = run_probe(pipeline(alone, tmp_path / "results"))
+        assert cell(one, array.name, 10).test == cell(together, array.name, 11).test
+        assert data.split.n_classes == N_CLASSES
+
+
+def trained(store: FeatureStore, spec: ProbeSpec = QUICK) -> tuple[LinearProbes, PooledFeatures]:
+    split = ProbeSplit.of(store, spec)
+    data = PooledFeatures(store, spec, split, pixels=False)
+    probes = LinearProbes(data.shapes, split.n_classes, spec.seeds)
+    probes.standardise(data)
+    for _ in probes.train(data, spec):
+        pass
+    return probes, data
+
+
+def test_test_rows_never_touch_training(tmp_path: Path) -> None:
+    clean = np.stack([clusters(), noise(N, 8)])
+    poisoned = clean.copy()
+    poisoned[:, N_TRAIN:] = 1e6
+    index = toy_index(LABELS.tolist(), SPLITS)
+    one, _ = trained(store_of(tmp_path / "clean", {"x": clean}, index))
+    two, data = trained(store_of(tmp_path / "poisoned", {"x": poisoned}, index))
+    assert torch.equal(one.weight["x"], two.weight["x"])
+    assert torch.equal(one.bias["x"], two.bias["x"])
+    assert torch.equal(one.mean["x"], two.mean["x"])
+    assert torch.equal(one.scale["x"], two.scale["x"])
+    assert data.split.test.tolist() == list(range(N_TRAIN, N))
+
+
+def test_validation_rows_choose_but_do_not_train(tmp_path: Path) -> None:
+    clean = clusters()[None]
+    poisoned = clean.copy()
+    held_out = [r for r in range(N_TRAIN) if is_validation(f"key-{r:05d}", QUICK.validation)]
+    poisoned[:, held_out] = 1e6
+    index = toy_index(LABELS.tolist(), SPLITS)
+    one, _ = trained(store_of(tmp_path / "clean", {"x": clean}, index))
+    two, _ = trained(store_of(tmp_path / "poisoned", {"x": poisoned}, index))
+    assert torch.equal(one.weight["x"], two.weight["x"])
+
+
+def test_the_best_cell_is_chosen_on_validation() -> None:
+    def make(name: str, validation: float, loss: float, test: float) -> ProbeCell:
+        return ProbeCell(
+            tap=name, timestep=1, validation=(validation,), validation_loss=(loss,), test=(test,)
+        )
+
+    cells = (make("a", 0.8, 0.5, 0.99), make("b", 0.9, 0.6, 0.5), make("c", 0.9, 0.4, 0.4))
+    source = ProbeSource(
+        label="x", store=None, fingerprint=None, cells=cells, n_train=1, n_validation=1, n_test=100
+    )
+    assert source.best.tap == "c"  # a has the best test accuracy, b the same validation accuracy
+
+
+def test_invalid_and_unlabelled_rows_take_no_part(tmp_path: Path) -> None:
+    invalid, unlabelled = [3, N_TRAIN + 1], [5, N_TRAIN + 2]
+    labels: list[int | None] = [None if r in unlabelled else int(LABELS[r]) for r in range(N)]
+    features = clusters()[None]
+    features[:, unlabelled] = 1e6
+    store = store_of(tmp_path / "s", {"x": features}, toy_index(labels, SPLITS), invalid=invalid)
+    (source,) = run_probe(pipeline(store, tmp_path)).sources
+    assert source.n_train + source.n_validation == N_TRAIN - 2
+    assert source.n_test == N_TEST - 2
+    assert source.best.mean_test > 0.99
+
+
+def test_labels_may_be_any_integers_and_unseen_ones_count_as_wrong(tmp_path: Path) -> None:
+    names = np.array([-5, 70, 7000, 2**40])
+    labels = names[LABELS].tolist()
+    labels[N_TRAIN : N_TRAIN + 20] = [9] * 20  # a class that the train split does not have
+    store = store_of(tmp_path / "s", {"x": clusters()[None]}, toy_index(labels, SPLITS))
+    result = run_probe(pipeline(store, tmp_path))
+    assert result.n_classes == 4
+    assert result.sources[0].best.mean_test == pytest.approx(0.9, abs=0.011)
+
+
+def test_streaming_learns_as_well_as_memory(
+    toy: tuple[FeatureStore, ProbeResult, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, cached, _ = toy
+    monkeypatch.setattr(linear_probes, "CACHE_BYTES", 0)
+    spec = QUICK.model_copy(update={"epochs": 8})
+    streamed = run_probe(pipeline(store, tmp_path, spec))
+    for tap, timestep in (("good", 11), ("map", 10)):
+        assert cell(streamed, tap, timestep).mean_test > 0.99
+    assert streamed.sources[0].n_train == cached.sources[0].n_train
+    again = run_probe(pipeline(store, tmp_path, spec))
+    assert again.sources == streamed.sources
+
+
+def test_result_survives_its_file(toy: tuple[FeatureStore, ProbeResult, Path]) -> None:
+    _, result, folder = toy
+    assert ProbeResult.load(folder / "results" / "probe.json") == result
+    with pytest.raises(InputError, match="run `drl probe` again"):
+        ProbeResult.load(folder / "nothing.json")
+
+
+def test_compared_stores_and_raw_pixels(tmp_path: Path) -> None:
+    index = digits_index(tmp_path / "tars")
+    labels = np.array(index.table["label"].to_pylist())
+    own = store_of(tmp_path / "own", {"x": clusters(labels)[None]}, index)
+    other = store_of(tmp_path / "other", {"x": noise(1, len(labels), 8)}, index)
+    (tmp_path / "other.yaml").write_text(pipeline(other, tmp_path).model_dump_json())
+    spec = ProbeSpec(epochs=30, seeds=(0, 1), compare={"random": str(tmp_path / "other.yaml")})
+    result = run_probe(pipeline(own, tmp_path, spec))
+    assert [source.label for source in result.sources] == ["toy", "random", "pixels"]
+    trained, random, pixels = (source.best.mean_test for source in result.sources)
+    assert trained > 0.99
+    assert random < 0.45
+    assert pixels > 0.9  # zeros against ones and so on, on 8 x 8 pixels
+    assert result.sources[2].cells[0].timestep is None
+    console = Console(file=io.StringIO(), width=140)
+    console.print(format_table(result))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "random" in text
+    assert f"{trained:.1%}" in text
+
+
+def test_errors(toy: tuple[FeatureStore, ProbeResult, Path], tmp_path: Path) -> None:
+    store, _, _ = toy
+    with pytest.raises(
+        SpecError, match=r"no rows with split='val'.*its splits are .'test', 'train'"
+    ):
+        run_probe(pipeline(store, tmp_path, QUICK.model_copy(update={"test": "val"})))
+    with pytest.raises(SpecError, match="both 'train'"):
+        run_probe(pipeline(store, tmp_path, QUICK.model_copy(update={"test": "train"})))
+    with pytest.raises(SpecError, match="lacks probe"):
+        run_probe(pipeline(store, tmp_path).model_copy(update={"probe": None}))
+    with pytest.raises(SpecError, match="at least one"):
+        run_probe(pipeline(store, tmp_path, QUICK.model_copy(update={"validation": 1e-9})))
+    other = store_of(tmp_path / "o", {"x": clusters()[None]}, store.index, dataset="e" * 64)
+    (tmp_path / "o.yaml").write_text(pipeline(other, tmp_path).model_dump_json())
+    compare = QUICK.model_copy(update={"compare": {"o": str(tmp_path / "o.yaml")}})
+    with pytest.raises(SpecError, match=r"probe\.compare\.o: .* holds another dataset"):
+        run_probe(pipeline(store, tmp_path, compare))
+    with pytest.raises(SpecError, match="'toy' names another source"):
+        run_probe(pipeline(store, tmp_path, QUICK.model_copy(update={"compare": {"toy": "x"}})))
+    unlabelled = toy_index([None] * N, SPLITS)
+    no_label = store_of(tmp_path / "u", {"x": clusters()[None]}, unlabelled)
+    with pytest.raises(SpecError, match="no rows with split='train', labelled=True"):
+        run_probe(pipeline(no_label, tmp_path))
+
+
+def test_a_store_that_is_not_finished_is_refused(tmp_path: Path) -> None:
+    index = toy_index(LABELS.tolist(), SPLITS)
+    part = store_of(tmp_path / "part", {"x": clusters()[None]}, index, n_units=2)
+    with pytest.raises(UserError, match=r"5 of 7 units .* `drl extract` first"):
+        run_probe(pipeline(part, tmp_path))
+    nowhere = pipeline(part, tmp_path).model_copy(
+        update={"store": StoreSpec(url=str(tmp_path / "nowhere"))}
+    )
+    with pytest.raises(UserError, match=r"no store at .*nowhere; make it with `drl extract`"):
+        run_probe(nowhere)
+
+
+def test_intervals() -> None:
+    assert t_interval([0.5]) == (0.5, 0.5)
+    for n in (2, 3, 5, 12, 21):
+        values = np.random.default_rng(n).random(n)
+        want = stats.t.interval(0.95, n - 1, values.mean(), stats.sem(values))
+        assert t_interval(values.tolist()) == pytest.approx(want, abs=3e-4)
+    for right, n in ((342, 360), (0, 10), (10, 10), (1, 3)):
+        proportion = stats.binomtest(right, n).proportion_ci(method="wilson")
+        assert wilson_interval(right / n, n) == pytest.approx(tuple(proportion), abs=1e-6)

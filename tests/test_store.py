@@ -1,0 +1,866 @@
+"""The store: what is written, who else can read it, what is refused, what is found damaged."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import struct
+import textwrap
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+
+import numpy as np
+import pytest
+import tensorstore
+import xarray
+import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from drl_data import store as store_module
+from drl_data.errors import (
+    AlignmentError,
+    ConflictError,
+    FeatureError,
+    SpecError,
+    StoreError,
+    StoreMismatchError,
+    TapError,
+)
+from drl_data.objects import LocalFolder, ObjectInfo, open_folder
+from drl_data.plan import Unit
+from drl_data.receipts import receipt_path
+from drl_data.shards import ShardLayout, crc32c, non_finite_rows
+from drl_data.spec import ArraySpec, DType, ImageSpec
+from drl_data.store import FeatureStore, UnitCounts
+
+from .stores import (
+    ARRAYS,
+    RUN,
+    TIMES,
+    expected,
+    fill,
+    invalid_row,
+    make_array,
+    make_index,
+    make_spec,
+    make_store,
+    make_times,
+    unit_features,
+)
+
+DTYPES = st.sampled_from(["float16", "bfloat16", "float32"])
+SHAPES = st.sampled_from([(), (1,), (7,), (96,), (3, 5), (2, 4, 3), (8, 40, 32), (2, 64, 128)])
+
+
+def equal(a: np.ndarray, b: np.ndarray) -> bool:
+    """Same shape, type and bits; NaN equals the same NaN."""
+    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
+# --- the format: every other reader agrees, byte for byte ----------------------------------------
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
+@given(
+    shape=SHAPES,
+    dtype=DTYPES,
+    n=st.integers(1, 40),
+    rows_per_unit=st.sampled_from([1, 2, 3, 4, 6, 8, 16, 24, 64]),
+    n_times=st.integers(1, 3),
+    data=st.data(),
+)
+def test_every_other_reader_agrees(
+    shape: tuple[int, ...],
+    dtype: DType,
+    n: int,
+    rows_per_unit: int,
+    n_times: int,
+    data: st.DataObject,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    invalid = data.draw(st.lists(st.integers(0, n - 1), max_size=4, unique=True))
+    rows = data.draw(st.lists(st.integers(0, n - 1), max_size=12))
+    url = str(tmp_path_factory.mktemp("agree") / "store")
+    arrays = (make_array("a", shape, dtype), make_array("b.c-d_e", (2, 3), "float16"))
+    times = make_times(*range(n_times))
+    store = make_store(url, n, rows_per_unit, arrays=arrays, times=times)
+    fill(store, invalid)
+    with xarray.open_zarr(url) as dataset:
+        assert np.array_equal(dataset["timestep"].values, np.arange(n_times))
+        assert dataset["timestep"].dtype == np.int64
+        assert np.array_equal(dataset["valid"].values, ~np.isin(np.arange(n), invalid))
+        in_xarray = {a.name: dataset[a.name].values for a in arrays}
+        assert dataset["a"].dims[:2] == ("sample", "timestep")
+    group = zarr.open_group(url, mode="r")
+    for array in arrays:
+        want = expected(store, array.name, invalid)
+        by_sample = want.swapaxes(0, 1)
+        assert equal(in_xarray[array.name], by_sample)
+        assert equal(np.asarray(group[array.name][...]), by_sample)
+        spec = {"driver": "zarr3", "kvstore": f"file://{url}/{array.name}"}
+        assert equal(tensorstore.open(spec).result().read().result(), by_sample)
+        for t in range(n_times):
+            units = [store.read_unit(array.name, t, unit) for unit in store.units]
+            assert equal(np.concatenate(units), want[t])
+            assert equal(store.read_rows(array.name, t, rows), want[t][np.array(rows, int)])
+    assert store.verify(deep=True) == []
+
+
+@pytest.mark.parametrize("invalid", [(), (2, 9)])
+def test_written_and_read_on_every_kind_of_folder(
+    folder_url: str, invalid: tuple[int, ...]
+) -> None:
+    make_store(folder_url)
+    store = FeatureStore.open(folder_url)
+    assert [u.id for u in store.pending()] == [0, 1, 2]
+    assert store.read_rows("tokens", 0, []).shape == (0, 3, 5)
+    fill(store, invalid)
+    assert store.pending() == []
+    assert store.verify(deep=True) == []
+    rows = np.array([10, 3, 3, 0, 9, 5, 2])
+    for array in store.arrays:
+        want = expected(store, array.name, invalid)
+        for t in range(2):
+            units = [store.read_unit(array.name, t, unit) for unit in store.units]
+            assert equal(np.concatenate(units), want[t])
+            assert equal(store.read_rows(array.name, t, rows), want[t][rows])
+    assert np.flatnonzero(~store.valid_rows()).tolist() == list(invalid)
+    store.seal()
+    assert FeatureStore.open(folder_url).sealed
+    assert np.flatnonzero(~store.valid_rows()).tolist() == list(invalid)
+    samples = store.samples()
+    assert samples["status"].to_pylist() == [
+        "invalid" if row in invalid else "ok" for row in range(11)
+    ]
+    assert samples["key"].to_pylist() == [f"key-{row:05d}" for row in range(11)]
+    assert store.verify(deep=True) == []
+
+
+@pytest.mark.s3
+def test_other_readers_open_a_store_on_s3(s3_url: str) -> None:
+    store = make_store(f"{s3_url}/features")
+    fill(store, [2])
+    with xarray.open_zarr(store.url) as dataset:
+        got = dataset["mid_block"].values
+    assert equal(got, expected(store, "mid_block", [2]).swapaxes(0, 1))
+    spec = {
+        "driver": "zarr3",
+        "kvstore": {
+            "driver": "s3",
+            "bucket": s3_url.removeprefix("s3://"),
+            "endpoint": os.environ["AWS_ENDPOINT_URL"],
+            "path": "features/mid_block/",
+        },
+    }
+    assert equal(tensorstore.open(spec).result().read().result(), got)
+
+
+def crc32c_by_definition(data: bytes) -> int:
+    """Bit by bit, from the polynomial 0x1EDC6F41 (reflected)."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+@settings(deadline=None)
+@given(shape=SHAPES, dtype=DTYPES, rows_per_unit=st.integers(1, 300), data=st.data())
+def test_shard_layout(
+    shape: tuple[int, ...], dtype: DType, rows_per_unit: int, data: st.DataObject
+) -> None:
+    layout = ShardLayout(rows_per_unit, shape, dtype)
+    n_rows = data.draw(st.integers(1, rows_per_unit))
+    k, size = layout.rows_per_chunk, layout.row_bytes
+    assert rows_per_unit % k == 0
+    if size >= 16384:
+        assert k == 1
+    else:
+        divisors = [d for d in range(1, rows_per_unit + 1) if rows_per_unit % d == 0]
+        badness = {d: abs(np.log(d * size / 65536)) for d in divisors}
+        assert badness[k] <= min(badness.values()) + 1e-9
+    footer = layout.footer(n_rows)
+    assert len(footer) == layout.footer_bytes
+    (crc,) = struct.unpack("<I", footer[-4:])
+    assert crc == crc32c_by_definition(footer[:-4])
+    for chunk in range(rows_per_unit // k):
+        entry = struct.unpack_from("<QQ", footer, 16 * chunk)
+        present = chunk * k < n_rows
+        missing = 2**64 - 1
+        assert entry == ((chunk * k * size, k * size) if present else (missing, missing))
+
+
+@given(st.lists(st.binary(max_size=40), max_size=5))
+def test_crc32c(parts: list[bytes]) -> None:
+    assert crc32c([memoryview(p) for p in parts]) == crc32c_by_definition(b"".join(parts))
+
+
+@given(data=st.data(), dtype=DTYPES)
+def test_non_finite_rows(data: st.DataObject, dtype: DType) -> None:
+    width = 32 if dtype == "float32" else 16
+    bits = data.draw(
+        st.lists(st.lists(st.integers(0, 2**width - 1), min_size=3, max_size=3), min_size=1)
+    )
+    raw = np.array(bits, f"<u{width // 8}")
+    if dtype == "bfloat16":
+        finite = np.isfinite((raw.astype(np.uint32) << 16).view(np.float32))
+        rows: np.ndarray = raw
+    else:
+        rows = raw.view(dtype)
+        finite = np.isfinite(rows)
+    assert non_finite_rows(rows, dtype).tolist() == np.flatnonzero(~finite.all(axis=1)).tolist()
+
+
+def test_dimensions_of_one_name_and_two_sizes_are_told_apart(tmp_path: Path) -> None:
+    store = make_store(str(tmp_path / "s"))
+    with xarray.open_zarr(store.url) as dataset:
+        assert dataset["mid_block"].dims == ("sample", "timestep", "channel_4", "height", "width")
+        assert dataset["up.1"].dims == ("sample", "timestep", "channel_6")
+        assert dataset["tokens"].dims == ("sample", "timestep", "token", "channel_5")
+        assert dataset["up.1"].attrs["drl_data"] == {"tap": "net.up.1", "dtype": "bfloat16"}
+
+
+def test_fractional_timesteps_are_float64(tmp_path: Path) -> None:
+    store = make_store(str(tmp_path / "s"), times=make_times(0.5, 10))
+    with xarray.open_zarr(store.url) as dataset:
+        assert dataset["timestep"].values.tolist() == [0.5, 10.0]
+    assert store.time_index(0.5) == 0
+
+
+def test_features_are_written_and_read_without_a_copy(tmp_path: Path) -> None:
+    layout = ShardLayout(4, (5,), "float32")
+    rows = np.arange(15, dtype="<f4").reshape(3, 5)
+    parts = layout.parts(rows, [1])
+    mine = [part for part in parts if np.shares_memory(np.frombuffer(part, np.uint8), rows)]
+    assert sum(len(part) for part in mine) == 2 * 20
+    store = make_store(str(tmp_path / "s"))
+    fill(store)
+    unit = store.read_unit("mid_block", 0, store.units[0])
+    assert not unit.flags.owndata
+    assert not unit.flags.writeable
+    with pytest.raises(ValueError, match="read-only"):
+        unit[0] = 0
+
+
+def test_the_reader_in_the_format_page_reads(tmp_path: Path) -> None:
+    page = Path(store_module.__file__).with_name("STORE.md").read_text(encoding="utf-8")
+    code = page.partition("## 8. A reader\n")[2].partition("\n(It")[0]
+    names: dict[str, Callable[..., np.ndarray]] = {}
+    exec(textwrap.dedent(code), names)
+    store = make_store(str(tmp_path / "s"))
+    for unit in store.units[:2]:
+        store.write(unit, unit_features(store, unit), [], RUN)
+    for array in store.arrays:
+        for t in range(2):
+            for unit in store.units[:2]:
+                got = names["read_unit"](store.url, array.name, t, unit.id)
+                assert equal(got, store.read_unit(array.name, t, unit))
+    with pytest.raises(LookupError, match="unit 2 is not done"):
+        names["read_unit"](store.url, "tokens", 0, 2)
+
+
+# --- making and opening --------------------------------------------------------------------------
+
+
+def test_shapes_first(tmp_path: Path) -> None:
+    """Invariant 1: all metadata is there, and readable, before any unit."""
+    store = make_store(str(tmp_path / "s"))
+    with xarray.open_zarr(store.url) as dataset:
+        assert dataset.sizes["sample"] == 11
+        assert not dataset["valid"].values.any()
+        assert np.isnan(dataset["mid_block"].values).all()
+    assert store.index.n_samples == 11
+    assert {p.unit for p in store.verify()} == {0, 1, 2}
+
+
+def test_a_creation_that_was_cut_short_is_completed(tmp_path: Path) -> None:
+    whole = make_store(str(tmp_path / "whole"))
+    cut = LocalFolder(tmp_path / "cut")
+    cut.put("zarr.json", [whole.folder.get("zarr.json")])
+    store = make_store(str(tmp_path / "cut"))
+    fill(store)
+    assert store.verify(deep=True) == []
+
+
+def test_an_equal_store_is_opened(tmp_path: Path) -> None:
+    url = str(tmp_path / "s")
+    fill(make_store(url), [3])
+    again = make_store(url)
+    assert again.pending() == []
+    assert FeatureStore.exists(url)
+    assert not FeatureStore.exists(str(tmp_path / "other"))
+
+
+def test_another_spec_is_refused_leaf_by_leaf(tmp_path: Path) -> None:
+    url = str(tmp_path / "s")
+    make_store(url)
+    other = make_spec(11, 4, images=ImageSpec(size=16), overflow="clip")
+    with pytest.raises(StoreMismatchError) as error:
+        FeatureStore.create(url, other, ARRAYS, TIMES, make_index(11))
+    assert 'overflow: "error" != "clip"' in str(error.value)
+    assert "images.size[0]: 8 != 16" in str(error.value)
+
+
+def test_taps_are_frozen(tmp_path: Path) -> None:
+    """Invariant 10: the same spec resolved to other arrays is refused with both lists."""
+    url = str(tmp_path / "s")
+    make_store(url)
+    other = (*ARRAYS[:2], make_array("tokens", (4, 5), "float32"))
+    with pytest.raises(TapError) as error:
+        make_store(url, arrays=other)
+    assert "tokens = net.tokens float32[3, 5]" in str(error.value)
+    assert "tokens = net.tokens float32[4, 5]" in str(error.value)
+    with pytest.raises(StoreMismatchError, match="other noise levels"):
+        make_store(url, times=make_times(10, 201))
+
+
+def test_racing_creators_make_one_store(folder_url: str) -> None:
+    barrier = Barrier(4)
+
+    def create(member: int) -> str:
+        barrier.wait()
+        spec_arrays = ARRAYS if member % 2 else (*ARRAYS[:2], make_array("t", (2,), "float16"))
+        try:
+            return make_store(folder_url, arrays=spec_arrays).arrays[2].name
+        except TapError:
+            return "refused"
+
+    with ThreadPoolExecutor(4) as pool:
+        names = list(pool.map(create, range(4)))
+    winner = FeatureStore.open(folder_url).arrays[2].name
+    assert sorted(names) == sorted([winner, winner, "refused", "refused"])
+    store = FeatureStore.open(folder_url)
+    fill(store)
+    assert store.verify(deep=True) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no store here"),
+        (b"{", "not a drl_data store"),
+        (b'{"attributes": {}}', "not a drl_data store"),
+        (b'{"attributes": {"drl_data": {"format": 99}}}', "store format 99; this drl_data reads"),
+    ],
+)
+def test_what_is_no_store_is_not_opened(
+    tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    if content is not None:
+        LocalFolder(tmp_path).put("zarr.json", [content])
+    with pytest.raises(StoreError, match=message):
+        FeatureStore.open(str(tmp_path))
+
+
+def test_an_edited_spec_is_noticed(tmp_path: Path) -> None:
+    store = make_store(str(tmp_path))
+    root = bytes(store.folder.get("zarr.json"))
+    store.folder.put("zarr.json", [root.replace(b'"n_samples":11', b'"n_samples":12')])
+    with pytest.raises(StoreError, match="it was edited"):
+        FeatureStore.open(str(tmp_path))
+
+
+def test_the_index_must_fit_the_spec(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="the index has 10 samples and 2 timesteps; want 11"):
+        FeatureStore.create(str(tmp_path), make_spec(11, 4), ARRAYS, TIMES, make_index(10))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ((), "no arrays"),
+        ((make_array("a/b", (2,), "float16"),), "'a/b': the name may hold"),
+        ((make_array("..", (2,), "float16"),), "the name may hold"),
+        ((make_array("", (2,), "float16"),), "the name may hold"),
+        ((make_array("__a", (2,), "float16"),), "reserved"),
+        ((make_array("valid", (2,), "float16"),), "reserved"),
+        ((make_array("a", (2,), "float16"),) * 2, "named twice"),
+        ((make_array("channel", (2,), "float16"),), "both an array and a dimension"),
+        ((make_array("a", (2, 0), "float16"),), "one positive size"),
+        ((ArraySpec(name="a", tap="a", dims=("c",), shape=(2, 3), dtype="float16"),), "one pos"),
+        (
+            (ArraySpec(name="a", tap="a", dims=("x", "x"), shape=(2, 3), dtype="float16"),),
+            "distinct",
+        ),
+    ],
+)
+def test_arrays_that_zarr_or_xarray_cannot_hold(
+    tmp_path: Path, arrays: tuple[ArraySpec, ...], message: str
+) -> None:
+    with pytest.raises(SpecError, match=message):
+        make_store(str(tmp_path / "s"), arrays=arrays)
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_handle_pickles_by_url(tmp_path: Path) -> None:
+    store = make_store(str(tmp_path))
+    fill(store)
+    again = pickle.loads(pickle.dumps(store))
+    assert equal(again.read_rows("tokens", 1, [7]), store.read_rows("tokens", 1, [7]))
+    assert len(pickle.dumps(store)) < 300
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "unit", [Unit(0, 0, 3), Unit(0, 1, 5), Unit(1, 0, 4), Unit(2, 8, 12), Unit(3, 12, 16)]
+)
+def test_one_writer_per_object(tmp_path: Path, unit: Unit) -> None:
+    """Invariant 2: what is not one whole unit is refused."""
+    store = make_store(str(tmp_path))
+    with pytest.raises(AlignmentError, match="are not one whole unit of 4 rows; two writers"):
+        store.write(unit, {}, [], RUN)
+
+
+def broken(kind: str, features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Features of unit 1 with one thing wrong in the last array."""
+    if kind == "missing":
+        del features["tokens"]
+    elif kind == "unknown":
+        features["extra"] = features["tokens"]
+    elif kind == "short":
+        features["tokens"] = features["tokens"][:, :3]
+    elif kind == "float64":
+        features["tokens"] = features["tokens"].astype(np.float64)
+    elif kind == "bfloat16":
+        features["up.1"][1, 2, 3] = 0x7F80
+    else:
+        features["tokens"][1, 2, 0, 4] = np.nan if kind == "nan" else -np.inf
+    return features
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", r"unit 1: arrays missing \['tokens'\], unknown \[\]; want exactly"),
+        ("unknown", r"unit 1: arrays missing \[\], unknown \['extra'\]"),
+        ("short", r"tap 'tokens': float32 \(2, 3, 3, 5\), want float32 \(2, 4, 3, 5\)"),
+        ("float64", r"tap 'tokens': float64 \(2, 4, 3, 5\), want float32"),
+        ("nan", r"tap 'tokens', timestep 200: 1 rows are not finite, the first is row 6 \(key 'k"),
+        ("inf", r"not finite, the first is row 6 \(key 'key-00006'\)"),
+        ("bfloat16", r"tap 'up.1', timestep 200: 1 rows are not finite, the first is row 6"),
+    ],
+)
+def test_check_all_write_then_sign(tmp_path: Path, kind: str, message: str) -> None:
+    """Invariant 3: one bad tap, and no byte of any tap is written."""
+    store = make_store(str(tmp_path))
+    before = {info.path for info in store.folder.list()}
+    unit = store.units[1]
+    features = {name: values.copy() for name, values in unit_features(store, unit).items()}
+    with pytest.raises(FeatureError, match=message):
+        store.write(unit, broken(kind, features), [], RUN)
+    assert {info.path for info in store.folder.list()} == before
+
+
+def test_not_finite_is_allowed_where_a_row_is_invalid(tmp_path: Path) -> None:
+    store = make_store(str(tmp_path))
+    unit = store.units[1]
+    features = {name: values.copy() for name, values in unit_features(store, unit).items()}
+    features["tokens"][:, 2] = np.inf
+    store.write(unit, features, [invalid_row(6)], RUN)
+    assert np.isnan(store.read_unit("tokens", 0, unit)[2]).all()
+    assert np.isinf(features["tokens"][:, 2]).all()
+
+
+@pytest.mark.parametrize("rows", [(3,), (8,), (5, 5)])
+def test_invalid_rows_belong_to_the_unit(tmp_path: Path, rows: tuple[int, ...]) -> None:
+    store = make_store(str(tmp_path))
+    features = unit_features(store, store.units[1])
+    with pytest.raises(FeatureError, match=r"want distinct rows of 4\.\.8"):
+        store.write(store.units[1], features, [invalid_row(row) for row in rows], RUN)
+
+
+def test_nothing_is_dropped(tmp_path: Path) -> None:
+    """Invariant 6: every row is ok, invalid with stage and reason, or pending."""
+    store = make_store(str(tmp_path))
+    for unit in store.units[1:]:
+        bad = [invalid_row(row) for row in (9, 8) if unit.id == 2]
+        receipt = store.write(unit, unit_features(store, unit), bad, RUN, UnitCounts(input_bytes=9))
+        assert receipt.n_ok + receipt.n_invalid == unit.n_rows
+    samples = store.samples()
+    status = ["pending"] * 4 + ["ok"] * 4 + ["invalid"] * 2 + ["ok"]
+    assert samples["status"].to_pylist() == status
+    assert samples["stage"].to_pylist() == ["decode" if s == "invalid" else None for s in status]
+    assert samples["reason"][8].as_py() == "truncated file"
+    assert samples["tar"][0].as_py() == "/tars/all.tar"
+    assert samples["row"].to_pylist() == list(range(11))
+    assert store.valid_rows().tolist() == [s == "ok" for s in status]
+    with pytest.raises(StoreError, match="1 of 3 units have no receipt, the first is unit 0"):
+        store.seal()
+
+
+def test_the_write_is_timed_and_the_content_is_not(tmp_path: Path) -> None:
+    store = make_store(str(tmp_path))
+    unit = store.units[0]
+    receipt = store.write(unit, unit_features(store, unit), [], RUN)
+    assert receipt.run.seconds["denoise"] == 1.5
+    assert receipt.run.seconds["write"] > 0
+    assert "run" not in receipt.content()
+    assert store.receipt(unit) == receipt
+
+
+def test_a_signed_unit_is_not_written_again(folder_url: str) -> None:
+    store = make_store(folder_url)
+    unit = store.units[0]
+    first = store.write(unit, unit_features(store, unit), [], RUN)
+    second = store.write(
+        unit, unit_features(store, unit), [], RUN.model_copy(update={"host": "elsewhere"})
+    )
+    assert second == first
+    other = unit_features(store, unit)
+    other["tokens"] = other["tokens"] + np.float32(1)
+    with pytest.raises(ConflictError, match="other content in tokens; nothing was written"):
+        store.write(unit, other, [], RUN)
+    with pytest.raises(ConflictError, match="other content in counts; nothing"):
+        store.write(unit, unit_features(store, unit), [], RUN, UnitCounts(input_bytes=1))
+    assert store.verify(deep=True) == [p for p in store.verify() if p.unit != 0]
+
+
+class SigningFirst(LocalFolder):
+    """A folder in which another writer signs just before this one does."""
+
+    def __init__(self, root: Path, sign: Callable[[], object]) -> None:
+        super().__init__(root)
+        self._sign = sign
+
+    def put_if_absent(self, path: str, data: bytes | bytearray | memoryview) -> bool:
+        self._sign()
+        return super().put_if_absent(path, data)
+
+
+def test_the_loser_of_a_race_takes_the_winners_receipt(tmp_path: Path) -> None:
+    winner = make_store(str(tmp_path))
+    unit = winner.units[0]
+    features = unit_features(winner, unit)
+    run = RUN.model_copy(update={"host": "winner"})
+    folder = SigningFirst(tmp_path, lambda: winner.write(unit, features, [], run))
+    loser = FeatureStore(folder, winner.described)
+    assert loser.write(unit, features, [], RUN).run.host == "winner"
+
+
+def test_two_writers_with_different_bytes_are_a_conflict(tmp_path: Path) -> None:
+    winner = make_store(str(tmp_path))
+    unit = winner.units[0]
+    folder = SigningFirst(
+        tmp_path, lambda: winner.write(unit, unit_features(winner, unit, seed=1), [], RUN)
+    )
+    loser = FeatureStore(folder, winner.described)
+    with pytest.raises(ConflictError, match=r"in mid_block, tokens, up\.1; its objects may now"):
+        loser.write(unit, unit_features(winner, unit), [], RUN)
+
+
+def test_sixteen_writers_of_one_unit_sign_it_once(folder_url: str) -> None:
+    make_store(folder_url)
+    barrier = Barrier(16)
+
+    def write(member: int) -> str:
+        store = FeatureStore.open(folder_url)
+        unit = store.units[1]
+        features = unit_features(store, unit)
+        run = RUN.model_copy(update={"host": f"host-{member}"})
+        barrier.wait()
+        return store.write(unit, features, [], run).run.host
+
+    with ThreadPoolExecutor(16) as pool:
+        hosts = set(pool.map(write, range(16)))
+    store = FeatureStore.open(folder_url)
+    receipt = store.receipt(store.units[1])
+    assert receipt is not None
+    assert hosts == {receipt.run.host}
+    assert [p.unit for p in store.verify(deep=True)] == [0, 2]
+
+
+class Failing(LocalFolder):
+    """A disk that fails at the n-th write."""
+
+    n_left = 0
+
+    def put(self, path: str, parts: list[bytes]) -> None:  # type: ignore[override]
+        type(self).n_left -= 1
+        if self.n_left < 0:
+            raise OSError("disk full")
+        super().put(path, parts)
+
+
+@pytest.mark.parametrize("n_written", range(7))
+def test_a_write_that_was_cut_short_is_pending_and_can_be_repeated(
+    tmp_path: Path, n_written: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(str(tmp_path / "cut"))
+    monkeypatch.setattr(Failing, "n_left", n_written)
+    cut = FeatureStore(Failing(tmp_path / "cut"), store.described, store.index)
+    with pytest.raises(OSError, match="disk full"):
+        cut.write(store.units[0], unit_features(store, store.units[0], seed=5), [], RUN)
+    assert [u.id for u in store.pending()] == [0, 1, 2]
+    fill(store)
+    whole = make_store(str(tmp_path / "whole"))
+    fill(whole)
+    mine, theirs = contents(tmp_path / "cut"), contents(tmp_path / "whole")
+    assert mine == theirs
+    assert [r.content() for r in store.receipts().values()] == [
+        r.content() for r in whole.receipts().values()
+    ]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
+    return {name: p.read_bytes() for name, p in files.items() if not name.startswith("receipts")}
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_read_says_why(tmp_path: Path) -> None:
+    store = make_store(str(tmp_path))
+    unit = store.units[0]
+    with pytest.raises(TapError, match=r"no array 'mid'; it has mid_block, up\.1, tokens"):
+        store.read_unit("mid", 0, unit)
+    with pytest.raises(TapError, match=r"time index 2; want 0\.\.1"):
+        store.read_rows("tokens", 2, [0])
+    with pytest.raises(TapError, match=r"no timestep 11; it has \[10, 200\]"):
+        store.time_index(11)
+    with pytest.raises(AlignmentError):
+        store.read_unit("tokens", 0, Unit(0, 0, 3))
+    for rows in ([-1], [11], [0, 11]):
+        with pytest.raises(StoreError, match=r"want rows of 0\.\.10"):
+            store.read_rows("tokens", 0, rows)
+
+
+def test_reading_a_pending_unit_says_so(folder_url: str) -> None:
+    store = make_store(folder_url)
+    want = r"unit 1 \(rows 4\.\.8\): tokens/c/1/0/0/0 is not written; run `drl extract`"
+    with pytest.raises(StoreError, match=want):
+        store.read_unit("tokens", 0, store.units[1])
+    with pytest.raises(StoreError, match=want):
+        store.read_rows("tokens", 0, [5])
+
+
+@pytest.mark.parametrize("kind", ["local", "memory"])
+def test_an_array_that_another_tool_rewrote_is_still_read(tmp_path: Path, kind: str) -> None:
+    url = str(tmp_path / "s") if kind == "local" else f"memory://{uuid.uuid4().hex}"
+    store = make_store(url)
+    fill(store, [9])
+    want = expected(store, "mid_block", [9])
+    for path in [info.path for info in store.folder.list("mid_block")]:
+        store.folder.delete(path)
+    other = str(tmp_path / "rewritten")
+    array = zarr.create_array(
+        other,
+        shape=(11, 2, 4, 2, 2),
+        shards=(4, 1, 4, 2, 2),
+        chunks=(2, 1, 4, 2, 2),
+        dtype="float16",
+        fill_value=np.nan,
+        compressors=zarr.codecs.ZstdCodec(),
+    )
+    array[...] = want.swapaxes(0, 1)
+    rewritten = LocalFolder(tmp_path / "rewritten")
+    for info in rewritten.list():
+        store.folder.put(f"mid_block/{info.path}", [rewritten.get(info.path)])
+    rows = np.array([10, 0, 9, 9, 3])
+    for t in range(2):
+        units = [store.read_unit("mid_block", t, unit) for unit in store.units]
+        assert equal(np.concatenate(units), want[t])
+        assert equal(store.read_rows("mid_block", t, rows), want[t][rows])
+
+
+@pytest.mark.parametrize("kind", ["local", "memory"])
+def test_a_damaged_shard_is_an_error(tmp_path: Path, kind: str) -> None:
+    url = str(tmp_path / "s") if kind == "local" else f"memory://{uuid.uuid4().hex}"
+    store = make_store(url)
+    fill(store)
+    path = "tokens/c/1/0/0/0"
+    shard = bytearray(store.folder.get(path))
+    shard[-1] ^= 1
+    for damaged in (bytes(shard), bytes(shard[:-7]), b""):
+        store.folder.put(path, [damaged])
+        again = FeatureStore.open(url)
+        with pytest.raises(StoreError, match=r"tokens/c/1/0/0/0: damaged shard"):
+            again.read_unit("tokens", 0, again.units[1])
+        with pytest.raises(StoreError, match=r"tokens/c/1/0/0/0: damaged shard"):
+            again.read_rows("tokens", 0, [4])
+
+
+class Counting(LocalFolder):
+    """A local folder that hides that it is local, and counts what is read."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.ranges: list[tuple[str, int, int]] = []
+
+    def get_range(self, path: str, start: int, stop: int) -> memoryview:
+        self.ranges.append((path, start, stop))
+        return super().get_range(path, start, stop)
+
+    def local_path(self, path: str) -> Path | None:
+        return None
+
+
+def test_close_rows_are_read_in_one_request(tmp_path: Path) -> None:
+    shape = (32, 32, 32)  # 128 KiB a row: gaps of up to 2 rows are read through
+    arrays = (make_array("a", shape, "float32"),)
+    store = make_store(str(tmp_path), 20, 16, arrays=arrays, times=make_times(1))
+    fill(store)
+    folder = Counting(tmp_path)
+    remote = FeatureStore(folder, store.described)
+    want = expected(store, "a")[0]
+    row = 4 * 32**3
+    for rows, n_ranges in [([3, 0, 6, 3], 1), ([0, 4], 2), ([15, 16], 2), ([19, 0, 1], 2)]:
+        remote.read_rows("a", 0, rows)  # learns the footers
+        folder.ranges.clear()
+        assert equal(remote.read_rows("a", 0, rows), want[rows])
+        assert len(folder.ranges) == n_ranges
+    assert sorted(folder.ranges) == [
+        ("a/c/0/0/0/0/0", 0, 2 * row),
+        ("a/c/1/0/0/0/0", 3 * row, 4 * row),
+    ]
+
+
+# --- verify --------------------------------------------------------------------------------------
+
+
+def damage(store: FeatureStore, path: str, change: str) -> None:
+    data = bytearray(store.folder.get(path))
+    if change == "delete":
+        store.folder.delete(path)
+        return
+    if change == "flip":
+        data[len(data) // 3] ^= 4
+    elif change == "cut":
+        data = data[:-1]
+    elif change == "other unit":
+        data = bytearray(bytes(data).replace(b'"unit":1', b'"unit":2'))
+    elif change == "other spec":
+        data = bytearray(bytes(data).replace(store.fingerprint.encode(), b"f" * 32))
+    store.folder.put(path, [data])
+
+
+R1 = "receipts/00000001.json"
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "deep", "unit", "what"),
+    [
+        ("zarr.json", "flip", False, None, "not what the store's spec implies"),
+        ("tokens/zarr.json", "delete", False, None, "missing"),
+        ("timestep/c/0", "flip", False, None, "not what"),
+        ("spec.json", "cut", False, None, "not what"),
+        ("index.parquet", "delete", False, None, "missing"),
+        (R1, "delete", False, 1, "no receipt: the unit is not computed"),
+        (R1, "cut", False, 1, "not a receipt of format 1"),
+        (R1, "other unit", False, 1, "not of this store's unit"),
+        (R1, "other spec", False, 1, "not of this store's unit"),
+        ("tokens/c/1/0/0/0", "delete", False, 1, "missing, though the receipt lists it"),
+        ("tokens/c/1/0/0/0", "cut", False, 1, "259 bytes, receipt 260, layout 260"),
+        ("tokens/c/1/0/0/0", "flip", True, 1, "the bytes changed after the unit was signed"),
+        ("valid/c/1", "flip", True, 1, "the bytes changed"),
+    ],
+)
+def test_verify_finds_damage(
+    tmp_path: Path, path: str, change: str, deep: bool, unit: int | None, what: str
+) -> None:
+    store = make_store(str(tmp_path))
+    fill(store, [5])
+    assert store.verify(deep=True) == []
+    damage(store, path, change)
+    problems = store.verify(deep=deep)
+    assert [(p.unit, p.object) for p in problems] == [(unit, path)]
+    assert what in problems[0].what
+    assert problems[0].remedy
+    if deep:
+        assert store.verify() == []
+
+
+def resign(store: FeatureStore, path: str, data: bytes) -> None:
+    """Replace an object and make the receipt of unit 1 agree with it."""
+    store.folder.put(path, [data])
+    receipt = store.receipt(store.units[1])
+    assert receipt is not None
+    objects = tuple(
+        o.model_copy(update={"crc32c": crc32c([data])}) if o.path == path else o
+        for o in receipt.objects
+    )
+    receipt = receipt.model_copy(update={"objects": objects})
+    store.folder.put(receipt_path(store.units[1]), [receipt.to_json()])
+
+
+def test_deep_verify_looks_behind_the_checksums(tmp_path: Path) -> None:
+    store = make_store(str(tmp_path))
+    fill(store, [5])
+    path = "tokens/c/1/0/0/0"
+    shard = bytearray(store.folder.get(path))
+    wrong_index = shard.copy()
+    wrong_index[-20] ^= 1
+    resign(store, path, bytes(wrong_index))
+    assert [p.what for p in store.verify(deep=True)] == [
+        "the shard index is not the one of this layout"
+    ]
+    nan = shard.copy()
+    nan[60 * 2 : 60 * 2 + 4] = struct.pack("<f", np.nan)
+    resign(store, path, bytes(nan))
+    assert [p.what for p in store.verify(deep=True)] == ["valid row 6 is not finite"]
+    resign(store, path, bytes(shard))
+    resign(store, "valid/c/1", b"\1\1\1\1")
+    assert [p.what for p in store.verify(deep=True)] == [
+        "does not match the receipt's invalid rows"
+    ]
+
+
+def test_receipts_that_list_other_objects_are_found(tmp_path: Path) -> None:
+    store = make_store(str(tmp_path))
+    fill(store)
+    receipt = store.receipt(store.units[1])
+    assert receipt is not None
+    fewer = receipt.model_copy(update={"objects": receipt.objects[1:]})
+    store.folder.put(R1, [fewer.to_json()])
+    assert ["too many or too few" in p.what for p in store.verify()] == [True]
+
+
+def test_a_seal_that_does_not_match_is_found(tmp_path: Path) -> None:
+    store = make_store(str(tmp_path))
+    fill(store)
+    store.seal()
+    assert store.verify() == []
+    sealed = bytes(store.folder.get("sealed.json"))
+    for path, data in [("samples.parquet", b"PAR1"), ("sealed.json", b"{}"), ("sealed.json", b"{")]:
+        kept = bytes(store.folder.get(path))
+        store.folder.put(path, [data])
+        assert [p.object for p in store.verify()] == ["sealed.json"]
+        store.folder.put(path, [kept])
+    store.seal()
+    assert bytes(store.folder.get("sealed.json")) == sealed
+    store.folder.delete("samples.parquet")
+    assert [p.object for p in store.verify()] == ["samples.parquet"]
+
+
+def test_the_seal_names_the_content_however_it_was_computed(tmp_path: Path) -> None:
+    seals = []
+    for name, order, host in (("a", 1, "x"), ("b", -1, "y")):
+        store = make_store(str(tmp_path / name))
+        for unit in store.units[::order]:
+            run = RUN.model_copy(update={"host": host, "attempt": 3})
+            store.write(unit, unit_features(store, unit), [], run)
+        store.seal()
+        seals.append(bytes(store.folder.get("sealed.json")))
+    assert seals[0] == seals[1]
+    other = make_store(str(tmp_path / "c"))
+    fill(other, seed=1)
+    other.seal()
+    assert bytes(other.folder.get("sealed.json")) != seals[0]
+
+
+def test_listing_names_are_relative(folder_url: str) -> None:
+    folder = open_folder(folder_url)
+    folder.put("receipts/00000000.json", [b"{}"])
+    assert [info.path for info in folder.list("receipts")] == ["receipts/00000000.json"]
+    assert isinstance(folder.head("receipts/00000000.json"), ObjectInfo)
+
+
+def test_public_names() -> None:
+    assert all(name in vars(store_module) for name in store_module.__all__)
