@@ -23,7 +23,7 @@ imports: $(VENV)/test.stamp
 	$(BIN)/lint-imports
 
 unit: $(VENV)/test.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not ceph"
 
 # The same S3 tests against Ceph's gateway; needs Debian's ceph-mon ceph-osd ceph-common radosgw.
 test-ceph: $(VENV)/test.stamp

@@ -55,10 +55,11 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a 
 
 def main() -> None:
     """Entry point: errors become messages and exit statuses."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
         app()
-    except KeyboardInterrupt:
+    except _Interrupted:
         err.print("interrupted; run the same command again to resume")
         sys.exit(3)
     except UserError as error:
@@ -69,8 +70,12 @@ def main() -> None:
         sys.exit(1)
 
 
+class _Interrupted(BaseException):
+    """Somebody wants this process to end; a KeyboardInterrupt would be typer's to handle."""
+
+
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    raise _Interrupted
 
 
 @app.callback()

@@ -5,7 +5,7 @@ DrlDataError
 │   ├── SpecError             a pipeline file or a spec that is not valid
 │   ├── TapError              a tap that the model does not have, or that changed its meaning
 │   ├── WeightsError          a model that cannot be found or loaded
-│   ├── InputError            tars that are missing, unreadable, or not what was indexed
+│   ├── InputError            tars, stores or results that are missing, unreadable or changed
 │   └── StoreMismatchError    a store that holds another spec than the one asked for
 ├── ImageError                one sample that cannot become pixels; costs its row, never the run
 ├── StoreError                a store that is not as STORE.md says
@@ -42,7 +42,7 @@ class WeightsError(UserError):
 
 
 class InputError(UserError):
-    """Tars that are missing, unreadable, or changed since they were indexed."""
+    """Tars, stores or results that are missing or unreadable, or tars that changed."""
 
 
 class StoreMismatchError(UserError):

@@ -22,6 +22,7 @@ from drl_data.errors import (
     AlignmentError,
     ConflictError,
     FeatureError,
+    InputError,
     ObjectNotFoundError,
     StoreError,
     TapError,
@@ -133,13 +134,14 @@ class FeatureStore:
         """The store at a folder or URL, from one small object.
 
         Raises:
-            StoreError: there is none, or not one of this format.
+            InputError: there is none.
+            StoreError: it is not one of this format.
         """
         folder = open_folder(url)
         try:
             root = folder.get("zarr.json")
         except ObjectNotFoundError as error:
-            raise StoreError(
+            raise InputError(
                 f"{url}: no store here (no zarr.json); `drl extract` makes one"
             ) from error
         return cls(folder, parse_root(bytes(root), url))

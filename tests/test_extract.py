@@ -17,9 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from drl_data.backbones import ModelFolder, load_backbone
+from drl_data.datasets import FeatureStream
 from drl_data.errors import SpecError, StoreMismatchError, TapError
 from drl_data.extract import ByteBudget, make_task
 from drl_data.features import FeatureComputer
@@ -505,19 +507,46 @@ def test_stage_times_are_recorded(photos: Path, sd: Path, tmp_path: Path) -> Non
     assert set(summary.stage_s) == stages
 
 
-@pytest.mark.s3
-def test_nothing_on_the_local_disk_is_needed(
-    photos: Path, ddpm: Path, tmp_path: Path, s3_url: str
+@pytest.mark.parametrize(
+    "server",
+    [
+        pytest.param("s3_url", marks=pytest.mark.s3),
+        pytest.param("ceph_url", marks=pytest.mark.ceph),
+    ],
+)
+def test_the_whole_flow_on_s3(
+    photos: Path, ddpm: Path, tmp_path: Path, request: pytest.FixtureRequest, server: str
 ) -> None:
-    """Tars and store on S3: the same store as on the local disk."""
+    """Tars and store on S3 give the store that the local disk has, and feed a training loop."""
+    bucket: str = request.getfixturevalue(server)
     for path in photos.glob("*.tar"):
-        open_folder(f"{s3_url}/tars").put(path.name, [path.read_bytes()])
-    remote = pipeline(photos, ddpm, tmp_path / "unused", dataset={"tars": f"{s3_url}/tars/*.tar"})
-    remote = remote.model_copy(update={"store": StoreSpec(url=f"{s3_url}/features.zarr")})
+        open_folder(f"{bucket}/tars").put(path.name, [path.read_bytes()])
+    remote = pipeline(photos, ddpm, tmp_path / "unused", dataset={"tars": f"{bucket}/tars/*.tar"})
+    remote = remote.model_copy(update={"store": StoreSpec(url=f"{bucket}/features.zarr")})
     store = extract(remote).store
+    assert extract(remote).n_pending == 0
     assert store.verify(deep=True) == []
-    assert_same_store(store, extract(pipeline(photos, ddpm, tmp_path / "local")).store)
+    local = extract(pipeline(photos, ddpm, tmp_path / "local")).store
+    assert_same_store(store, local)
     assert not (tmp_path / "unused").exists()
+    want = arrays_of(local)["mid_block"]
+    opened = FeatureStore.open(f"{bucket}/features.zarr")
+    stream = FeatureStream(
+        opened,
+        taps=["mid_block"],
+        batch_size=5,
+        shuffle=True,
+        images=(opened.index, opened.spec.images),
+    )
+    seen: list[int] = []
+    for batch in DataLoader(stream, batch_size=None):
+        for i, row in enumerate(batch.row.tolist()):
+            np.testing.assert_array_equal(batch.features["mid_block"][i].numpy(), want[:, row])
+            assert int(batch.label[i]) == row % 2
+        assert batch.pixels is not None
+        assert batch.pixels.shape[1:] == (3, 16, 16)
+        seen += batch.row.tolist()
+    assert sorted(seen) == list(range(N_SAMPLES))
 
 
 @given(st.lists(st.integers(1, 120), min_size=1, max_size=12))

@@ -25,6 +25,7 @@ from drl_data.errors import (
     AlignmentError,
     ConflictError,
     FeatureError,
+    InputError,
     SpecError,
     StoreError,
     StoreMismatchError,
@@ -353,7 +354,7 @@ def test_what_is_no_store_is_not_opened(
 ) -> None:
     if content is not None:
         LocalFolder(tmp_path).put("zarr.json", [content])
-    with pytest.raises(StoreError, match=message):
+    with pytest.raises((StoreError, InputError), match=message):
         FeatureStore.open(str(tmp_path))
 
 
