@@ -26,6 +26,8 @@ from drl_data.tasks.probe import run_probe
 FILES = ("digits", "digits_random", "digits_pretrain")
 SHEET = (8, 16)
 """Rows and columns of the sheet of samples."""
+GAP = 1
+"""Grey pixels around each sample."""
 
 
 def run_demo(folder: Path, progress: Progress, say: Callable[[object], None]) -> Path:
@@ -58,6 +60,7 @@ def write_sample_sheet(pipeline: Pipeline, path: Path) -> None:
     backbone, _, _ = required_sections(pipeline)
     rows, columns = SHEET
     images = sample(ModelFolder.find(backbone).root, rows * columns, seed=0)
+    images = np.pad(images, ((0, 0), (0, 0), (GAP, GAP), (GAP, GAP)), constant_values=96)
     _, channels, height, width = images.shape
     grid = images.reshape(rows, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
     sheet = np.ascontiguousarray(grid).reshape(rows * height, columns * width, channels)
