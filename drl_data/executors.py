@@ -121,8 +121,14 @@ def run_ray(
 
     started = False
     if not ray.is_initialized():
+        # Ray warns until one says which of its two behaviours for num_gpus=0 is meant.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        ray.init(address=address, log_to_driver=False, include_dashboard=False)
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+        )
         started = address is None
     gpus = gpus_per_worker if ray.cluster_resources().get("GPU", 0) else 0
     actor = ray.remote(_Worker).options(
