@@ -356,11 +356,13 @@ def test_verdicts() -> None:
 
     assert verdict((0.80, 0.82, 0.81), (0.70, 0.71, 0.70)).endswith(
         "5 labels per class: distilled 81.0%, from scratch 70.3%; "
-        "distilled beats scratch by 10.7 points"
+        "distilled beats scratch by 10.7 ± 1.4 points over 3 seeds"
     )
-    assert verdict((0.5, 0.5, 0.5), (0.6, 0.6, 0.6)).endswith("loses to scratch by 10.0 points")
+    assert verdict((0.5, 0.5, 0.5), (0.6, 0.6, 0.6)).endswith(
+        "distilled loses to scratch by 10.0 ± 0.0 points over 3 seeds"
+    )
     assert verdict((0.9, 0.5, 0.7), (0.6, 0.6, 0.6)).endswith(
-        "+10.0 points are within the noise of 3 seeds"
+        "+10.0 ± 49.7 points are within the noise of 3 seeds"
     )
 
 

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -186,6 +186,28 @@ def test_one_store_however_it_was_computed(
     assert_same_store(reference, run("ray-2", ray_two, shuffle_seed=5))
 
 
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_the_number_of_threads_changes_no_bit(
+    photos: Path, sd: Path, tmp_path: Path, n_threads: int
+) -> None:
+    """By `extract`, which gives the threads back; and by a task alone, as a Ray worker has it."""
+    reference = extract(pipeline(photos, sd, tmp_path / "reference")).store
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        assert_same_store(reference, extract(pipeline(photos, sd, tmp_path / "whole")).store)
+        assert torch.get_num_threads() == n_threads
+        limited = extract(pipeline(photos, sd, tmp_path / "alone"), limit=1).store
+        backbone = BackboneSpec(model=str(sd))
+        task = make_task(limited.url, backbone, ConditionSpec(), RunSpec(), n_cpus=2)
+        for unit in limited.pending():
+            task(unit)
+        limited.seal()
+        assert_same_store(reference, limited)
+    finally:
+        torch.set_num_threads(before)
+
+
 class Interrupting:
     """A progress display at whose first advance the user presses Ctrl-C."""
 
@@ -232,8 +254,9 @@ def test_a_second_run_starts_no_backbone(
 
 
 def computer_of(model: Path, **changes: object) -> FeatureComputer:
-    """A computer with mid_block at timesteps 0, 100, 200."""
-    base = pipeline(Path("/none"), model, Path("/none"), taps=["mid_block"], **changes)
+    """A computer at timesteps 0, 100, 200; of mid_block unless `changes` say otherwise."""
+    changes = {"taps": ["mid_block"], **changes}
+    base = pipeline(Path("/none"), model, Path("/none"), **changes)
     backbone = load_backbone(ModelFolder.find(BackboneSpec(model=str(model))), "cpu")
     spec = FeatureSpec(
         dataset="",
@@ -301,6 +324,29 @@ def test_members_average_the_features(ddpm: Path) -> None:
             hook.remove()
             singles.append(kept[0])
         assert torch.equal(both[t]["mid_block"], (singles[0] + singles[1]) / 2)
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_what_the_model_does_to_a_tensor_later_is_not_seen(ddpm: Path, members: int) -> None:
+    noise = {"members": members}
+    first_and_last = ["conv_in", "mid_block"]
+    want = dict(computer_of(ddpm, noise=noise, taps=first_and_last).compute(PIXELS, KEYS))
+    computer = computer_of(ddpm, noise=noise, taps=first_and_last)
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[object, ...], output: Tensor) -> None:
+        seen.append(output)
+
+    def wipe(module: nn.Module, args: tuple[object, ...]) -> None:
+        seen[-1].zero_()
+
+    network = computer.backbone.network
+    network.conv_in.register_forward_hook(keep)
+    network.mid_block.register_forward_pre_hook(wipe)
+    got = dict(computer.compute(PIXELS, KEYS))
+    assert len(seen) == 3 * members
+    for t in want:
+        assert torch.equal(got[t]["conv_in"], want[t]["conv_in"])
 
 
 def test_clean_input_takes_no_noise(ddpm: Path) -> None:

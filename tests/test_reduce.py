@@ -65,6 +65,8 @@ def test_what_does_not_fit_is_refused(text: str, dims: tuple[str, ...]) -> None:
 def test_a_pool_never_enlarges() -> None:
     with pytest.raises(SpecError, match=r"avg_pool\(8x8\) of a map of 8x4: it would enlarge"):
         reduce(X, MAP, ["avg_pool(8)"])
+    with pytest.raises(SpecError, match=r"avg_pool\(9x4\) of a map of 8x4: it would enlarge"):
+        reduce(X, MAP, ["avg_pool(9x4)"])
 
 
 def test_overflow_is_counted_and_clipped_on_request() -> None:

@@ -59,7 +59,10 @@ class FewLabels(Spec):
     scratch_train: tuple[float, ...]
 
     def verdict(self) -> str:
-        """One sentence on who is better, by the paired differences over seeds."""
+        """One sentence on who is better: the paired difference over seeds, with its 95 % interval.
+
+        The one distilled student is the same for all seeds; how another one would do is not in it.
+        """
         differences = [a - b for a, b in zip(self.distilled, self.scratch, strict=True)]
         mean, half = mean_and_half(differences)
         few = f"{self.labels_per_class} label{'s' if self.labels_per_class > 1 else ''} per class"
@@ -67,13 +70,13 @@ class FewLabels(Spec):
         numbers = f"{few}: distilled {a:.1%}, from scratch {b:.1%}"
         if len(differences) < 2:
             return f"{numbers}; one seed says nothing about chance"
+        n = len(differences)
         if abs(mean) <= half:
-            return (
-                f"{numbers}; {100 * mean:+.1f} points are within the noise of "
-                f"{len(differences)} seeds"
-            )
+            gap = f"{100 * mean:+.1f} ± {100 * half:.1f}"
+            return f"{numbers}; {gap} points are within the noise of {n} seeds"
+        gap = f"{100 * abs(mean):.1f} ± {100 * half:.1f}"
         outcome = "beats" if mean > 0 else "loses to"
-        return f"{numbers}; distilled {outcome} scratch by {100 * abs(mean):.1f} points"
+        return f"{numbers}; distilled {outcome} scratch by {gap} points over {n} seeds"
 
 
 class DistillResult(Spec):
