@@ -52,7 +52,7 @@ def test_the_student_says_whether_it_beats_scratch(demo: Path) -> None:
     assert result.loss[-1] < 0.7 * result.loss[0]
     for few in result.few:
         assert few.verdict() in result.verdict
-        assert sum(few.distilled) > sum(few.scratch)
+        assert min(few.distilled_train + few.scratch_train) > 0.9  # both had steps enough to learn
     assert (Path(result.student) / "model.safetensors").is_file()
 
 

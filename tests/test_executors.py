@@ -153,12 +153,14 @@ def test_ray_tries_again_what_may_work_and_lists_the_rest(local_ray: None) -> No
 
 
 @pytest.mark.ray
-def test_ray_survives_workers_that_die(local_ray: None) -> None:
-    """Unit 3 kills its worker twice and unit 8 once; everything is done in the end."""
+@pytest.mark.parametrize("leases", [1, 3])
+def test_ray_survives_workers_that_die(local_ray: None, leases: int) -> None:
+    """Unit 3 kills its worker twice and unit 8 once; the other leases of a dead worker come back,
+    and everything is done in the end."""
     table = {(3, 1): "die", (3, 2): "die", (8, 1): "die"}
     units = plan_units(12, 1)
     done, failed = results(
-        run_ray(Schedule(make_square, table), units, **RAY, leases=1, max_attempts=3)
+        run_ray(Schedule(make_square, table), units, **RAY, leases=leases, max_attempts=5)
     )
     assert (done, failed) == (ok(units), {})
 

@@ -501,6 +501,22 @@ def test_taps_that_resolve_differently_are_refused_with_both_lists(
         make_task(str(tmp_path / "s"), BackboneSpec(model=str(ddpm)), ConditionSpec(), RunSpec(), 1)
 
 
+def test_tars_that_changed_since_are_not_taken_for_those_of_the_store(
+    ddpm: Path, tmp_path: Path
+) -> None:
+    tars = write_photo_tars(tmp_path / "tars", n_samples=8)
+    chosen = pipeline(tars, ddpm, tmp_path / "s")
+    extract(chosen)
+    (tars / "photos-000002.tar").write_bytes((tars / "photos-000000.tar").read_bytes())
+    with pytest.raises(StoreMismatchError, match=r"n_samples: (8 != 12|12 != 8)"):
+        extract(chosen)
+    (tars / "photos-000002.tar").unlink()
+    assert extract(chosen).n_pending == 0
+    write_photo_tars(tars, n_samples=8, size=41)  # other images under the same names
+    with pytest.raises(StoreMismatchError, match="dataset"):
+        extract(chosen)
+
+
 def test_what_extraction_needs_is_named(photos: Path, ddpm: Path, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="lacks schedule, taps; extraction needs them"):
         prepare(pipeline(photos, ddpm, tmp_path / "s", schedule=None, taps=[]))

@@ -123,13 +123,14 @@ class DistillResult(Spec):
 
 
 def format_table(result: DistillResult) -> Table:
-    """For the terminal: accuracy by number of labels, distilled and from scratch."""
+    """For the terminal: accuracy by number of labels, distilled and from scratch, and who wins."""
     table = Table(
         title=f"Student of {result.spec.tap} at timestep {result.spec.timestep}, "
         f"{result.n_parameters:,} weights, test accuracy on {result.n_test} images",
-        caption="mean and 95 % half-width over seeds (t)",
+        caption=f"mean and 95 % half-width over seeds (t)\n{result.verdict}",
         title_justify="left",
         caption_justify="left",
+        box=None,
     )
     for name in ("labels per class", "distilled", "from scratch"):
         table.add_column(name, justify="right")
