@@ -91,9 +91,14 @@ class FeatureComputer:
 
     def _scaled(self, pixels: npt.NDArray[np.uint8]) -> Tensor:
         """uint8 0..255 mapped onto the range of the image spec, in the backbone's dtype."""
-        low, high = self._spec.images.range
+        images = self._spec.images
+        low, high = images.range
         x = torch.from_numpy(pixels).to(self.backbone.device, non_blocking=True).float()
-        return (x / 255 * (high - low) + low).to(self.backbone.dtype)
+        x = x / 255 * (high - low) + low
+        if images.mean is not None and images.std is not None:
+            mean, std = (torch.tensor(v, device=x.device) for v in (images.mean, images.std))
+            x = (x - mean[:, None, None]) / std[:, None, None]
+        return x.to(self.backbone.dtype)
 
     def _posterior_noise(self, keys: Sequence[str], member: int, like: Tensor) -> Tensor | None:
         """Noise for the draw from the VAE's posterior; None to take its mean."""
