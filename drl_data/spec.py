@@ -174,8 +174,8 @@ class ScheduleSpec(Spec):
 
     `ddpm_index`: 0 (clean) .. n-1, the index into the scheduler's alphas_cumprod, which is also
     what the network is told (DIFT, ODISE, CleanDIFT ...). `edm_sigma`: the noise level itself, and
-    `edm_index`: a position on the ladder of `n_steps` levels, 0 (clean) .. n_steps (Karras et al.
-    2022; DDAE's EDM takes 4 of 18). `none`: encoders know no noise; `timesteps` is then [0].
+    `edm_index`: a position on the ladder of `n_steps` levels, 1 (least noise) .. n_steps (Karras et
+    al. 2022; DDAE's EDM takes 4 of 18). `none`: encoders know no noise; `timesteps` is then [0].
     """
 
     convention: Literal["ddpm_index", "edm_sigma", "edm_index", "none"] = "ddpm_index"

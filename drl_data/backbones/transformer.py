@@ -12,7 +12,7 @@ from drl_data.backbones.backbone import Backbone, Conditioning, Posterior, refus
 from drl_data.backbones.loader import ModelFolder, load_network, load_schedule
 from drl_data.backbones.vae import encode_latents, latent_shape, load_vae
 from drl_data.errors import SpecError
-from drl_data.schedule import NoiseSchedule
+from drl_data.schedule import Schedule
 from drl_data.spec import ConditionSpec, ImageSpec
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class DiTBackbone(Backbone):
     def __init__(
         self,
         network: DiTTransformer2DModel,
-        schedule: NoiseSchedule,
+        schedule: Schedule,
         device: torch.device,
         vae: AutoencoderKL,
     ) -> None:
@@ -39,8 +39,12 @@ class DiTBackbone(Backbone):
         """Weights on `device`, or structure only on meta."""
         from diffusers import DiTTransformer2DModel
 
+        network = load_network(folder, DiTTransformer2DModel, device)
+        for block in network.transformer_blocks:
+            # diffusers hard-codes 1; the original timestep_embedding (DiT, models.py) has 0.
+            block.norm1.emb.time_proj.downscale_freq_shift = folder.spec.dit_time_shift
         return cls(
-            load_network(folder, DiTTransformer2DModel, device),
+            network,
             load_schedule(folder),
             device,
             load_vae(folder, device),
