@@ -174,15 +174,16 @@ def taps(
     from drl_data.spec import BackboneSpec
 
     found = tappable_modules(BackboneSpec(model=model, revision=revision), size)
-    table = Table("tap", "module", "axes", "shape", "FLOPs", box=None)
+    table = Table("tap", "also", "module", "axes", "shape", "FLOPs", box=None)
+    table.columns[0].no_wrap = True
+    table.columns[0].overflow = "fold"
     for module in found.modules:
         if depth and module.path.count(".") >= depth:
             continue
         axes, shape = ", ".join(module.dims), "x".join(map(str, module.shape))
-        table.add_row(module.path, module.kind, axes, shape, f"{module.share:.0%}")
+        also = found.aliases.get(module.path, "")
+        table.add_row(module.path, also, module.kind, axes, shape, f"{module.share:.0%}")
     out.print(table)
-    if found.aliases:
-        out.print(f"also: {', '.join(found.aliases)}", soft_wrap=True)
     out.print(
         f"{model} at {found.image_size} px: {found.n_parameters / 1e6:.1f} M parameters, "
         f"{format_flops(found.flops)} a forward",

@@ -241,9 +241,7 @@ def resolve_features(
     return arrays, times
 
 
-def count_feature_flops(
-    model: Model, spec: FeatureSpec, condition: ConditionSpec
-) -> FeatureFlops:
+def count_feature_flops(model: Model, spec: FeatureSpec, condition: ConditionSpec) -> FeatureFlops:
     """FLOPs for one image and one forward of a spec, from the model's structure alone."""
     backbone = load_backbone(model, "meta")
     return backbone.flops(backbone.resolve(spec.taps), spec.images, condition)

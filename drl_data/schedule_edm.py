@@ -75,8 +75,8 @@ class EDMSchedule:
             sigmas = [ladder[int(t)] for t in spec.timesteps]
         if min(sigmas) <= 0:
             raise SpecError(
-                f"schedule.timesteps {list(spec.timesteps)}: want noise levels above 0; for a clean "
-                "image say `noise: {kind: none}` and the level that the network is told"
+                f"schedule.timesteps {list(spec.timesteps)}: want noise levels above 0; for a "
+                "clean image say `noise: {kind: none}` and the level that the network is told"
             )
         return tuple(
             self._resolved(t, spec.convention, sigma)

@@ -102,8 +102,8 @@ class ImageSpec(Spec):
     """What uint8 0 and 255 become for the backbone."""
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    """Then (x - mean) / std of each channel, as encoders want: with `range: [0, 1]`, DINOv2 and most
-    of ImageNet's take mean [0.485, 0.456, 0.406] and std [0.229, 0.224, 0.225]."""
+    """Then (x - mean) / std of each channel, as encoders want: with `range: [0, 1]`, DINOv2 takes
+    mean [0.485, 0.456, 0.406] and std [0.229, 0.224, 0.225]."""
     max_pixels: int = 178_956_970
     """An image with more pixels than this is refused before it is decoded (Pillow's bomb limit)."""
 
@@ -125,11 +125,12 @@ class ImageSpec(Spec):
 
 
 class BackboneSpec(Spec):
-    """The frozen model: a hub id with a pinned revision, a local folder, `bundled:NAME`, or your own.
+    """The frozen model: a hub id with a pinned revision, a local folder, `bundled:NAME`, or code.
 
-    Your own is `python:package.module:factory`, as backbones/custom.py documents. `model` and `revision` say where the weights are; what enters the fingerprint is the digest of
-    the files. `init: random` builds the same architecture with seeded random weights, the control
-    that every claim about learnt features needs.
+    Your own code is `python:package.module:factory`, as backbones/custom.py documents. `model` and
+    `revision` say where the weights are; what enters the fingerprint is the digest of the files.
+    `init: random` builds the same architecture with seeded random weights, the control that every
+    claim about learnt features needs.
     """
 
     model: str
@@ -141,8 +142,8 @@ class BackboneSpec(Spec):
     dtype: DType = "float32"
     """Precision of the forward pass."""
     dit_time_shift: Literal[0, 1] = 1
-    """DiT only: `downscale_freq_shift` of the sinusoids that tell it the time. diffusers fixes 1 for
-    its DiT; the original code (Peebles and Xie 2023), and so its weights, have 0."""
+    """DiT only: `downscale_freq_shift` of the sinusoids that tell it the time. diffusers has 1; the
+    original code (Peebles and Xie 2023), which trained the weights, has 0."""
 
 
 class LatentSpec(Spec):

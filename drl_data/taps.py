@@ -4,8 +4,8 @@
     pattern = dotted module path; `*` matches within one component, `**` any number of them
     site    = "out" (default) | "in"
     part    = position in the tuple that the module returns, or is called with (default: the first
-              tensor), or the name of some of its tokens that the backbone's family defines (`cls`,
-              `prefix`)
+              tensor), or the name of some of its tokens that an encoder has (`cls`,
+              `patches`, `prefix`: those before the patches)
 
 Examples: `mid_block`, `up_blocks.*.resnets.*`, `up_blocks.1.resnets.2@in`, `down_blocks.0@out.0`.
 
@@ -27,7 +27,7 @@ from drl_data.errors import TapError
 from drl_data.spec import TapSpec
 
 SITES = ("out", "in")
-TOKEN_PARTS = ("cls", "prefix")
+TOKEN_PARTS = ("cls", "patches", "prefix")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,11 @@ class ResolvedTap:
         return f"{self.module}@{self.site}" + ("" if self.part is None else f".{self.part}")
 
 
-_TAP = re.compile(r"^(?P<pattern>[^@\s]+)(?:@(?P<site>[a-z_]+)(?:\.(?P<part>\d+|[a-z]+))?)?$")
+_TAP = re.compile(
+    r"^(?P<pattern>[^@\s]+)(?:@(?P<site>[a-z_]+)(?:\.(?P<part>\d+|"
+    + "|".join(TOKEN_PARTS)
+    + r"))?)?$"
+)
 
 
 def parse(path: str) -> tuple[str, str, int | str | None]:
@@ -62,10 +66,6 @@ def parse(path: str) -> tuple[str, str, int | str | None]:
             "for example 'mid_block', 'up_blocks.1@in' or 'down_blocks.0@out.0'"
         )
     part = match["part"]
-    if part is not None and not part.isdigit() and part not in TOKEN_PARTS:
-        raise TapError(
-            f"tap {path!r}: part {part!r}; want a position or one of {', '.join(TOKEN_PARTS)}"
-        )
     position = int(part) if part is not None and part.isdigit() else part
     return match["pattern"], match["site"] or "out", position
 

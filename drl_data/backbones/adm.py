@@ -8,7 +8,8 @@ pickle; `torch.load(..., weights_only=True)` and `safetensors.torch.save_file` c
      "num_res_blocks": 2, "attention_resolutions": "32,16,8", "num_head_channels": 64, ...}
 
 It is loaded into diffusers' UNet2DModel, which computes the same function: the mapping is complete,
-and an independent implementation in the tests agrees. Taps may use either library's names (adm_names.py).
+and an independent implementation in the tests agrees. Taps may use the names of either library
+(adm_names.py).
 """
 
 from __future__ import annotations
@@ -92,9 +93,9 @@ def unet_config(flags: Mapping[str, object]) -> dict[str, object]:
     head = int(str(flags.get("num_head_channels", -1)))
     if head <= 0:
         raise WeightsError(
-            "guided-diffusion with num_heads instead of num_head_channels has heads of a width that "
-            "differs between levels, which UNet2DModel cannot express; of OpenAI's checkpoints, all "
-            "but the class-conditional 128 px one have num_head_channels"
+            "guided-diffusion with num_heads instead of num_head_channels: its heads are wider on "
+            "lower levels, which UNet2DModel cannot express; want num_head_channels (ADM-256 has "
+            "64)"
         )
     resnet = bool(flags.get("resblock_updown", False))
     plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")

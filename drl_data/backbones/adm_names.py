@@ -1,9 +1,9 @@
 """guided-diffusion's names for the blocks of a UNet2DModel, as DDPM-Seg, DIFT-ADM and GD use them.
 
-    input_blocks.0                                            conv_in
-    input_blocks.I, middle_block, output_blocks.I             a block: its last module's output
-    input_blocks.I.J, middle_block.J, output_blocks.I.J       one module: ResBlock, attention, up, down
-    ....in_layers.2, .out_layers.3, .emb_layers.1             conv1, conv2, time_emb_proj of a ResBlock
+    input_blocks.0                                   conv_in
+    input_blocks.I, middle_block, output_blocks.I    a block: its last module's output
+    input_blocks.I.J, middle_block.J ...             one module: ResBlock, attention, up or down
+    ....in_layers.2, .out_layers.3                   conv1 and conv2 of a ResBlock
 
 The numbering follows from the structure, so it holds for every UNet2DModel: of ADM-256,
 `output_blocks.4` is `up_blocks.1.attentions.1`, and `middle_block.2.out_layers.3` is

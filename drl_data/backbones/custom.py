@@ -42,7 +42,7 @@ _FACTORY = re.compile(r"^python:(?P<module>[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w
 
 
 class CustomBackbone(Backbone):
-    """A backbone that is not made of a model folder, and so must say itself what its weights are."""
+    """A backbone that is made by Python code, and so must say itself what its weights are."""
 
     @abstractmethod
     def weights_digest(self) -> str:

@@ -1,10 +1,11 @@
-"""Encoders as backbones: DINOv2, CLIP's vision tower, ViT, MAE, ConvNeXt, ResNet ... of transformers.
+"""Encoders of `transformers` as backbones: DINOv2, CLIP's vision tower, ViT, MAE, ConvNeXt ...
 
 They see the clean image, so there is no noise and no time: `schedule: {convention: none}` and
 `noise: {kind: none}`. Pixels are normalised as `images.range`, `mean` and `std` say.
 
 A tap on tokens [b, n, c] gives the map of the patches, row-major; `@out.cls` gives the vector of
-the class token and `@out.prefix` all tokens before the patches (class and registers). DINOv2's
+the class token, `@out.prefix` all tokens before the patches (class and registers), and
+`@out.patches` the map again, but refuses what holds no patches. DINOv2's
 `layernorm` is what REPA aligns to (256 x 768 for images of 224).
 
 Shapes: b batch, c channel, h w height and width in pixels or patches, n token.
@@ -29,7 +30,7 @@ from drl_data.backbones.backbone import (
 )
 from drl_data.backbones.loader import ModelFolder, placed, seeded, weights_errors
 from drl_data.errors import SpecError, TapError, WeightsError
-from drl_data.reduce import MAP, TORCH_DTYPES, TOKENS, VECTOR
+from drl_data.reduce import MAP, TOKENS, TORCH_DTYPES, VECTOR
 from drl_data.schedule import NoSchedule
 from drl_data.spec import ConditionSpec, ImageSpec
 from drl_data.taps import ResolvedTap
@@ -101,6 +102,8 @@ class EncoderBackbone(Backbone):
                     f"tap {tap.address}: {list(x.shape)} has no token before its patches"
                 )
             return (x[:, 0], VECTOR) if tap.part == "cls" else (x[:, :n_prefix], TOKENS)
+        if tap.part == "patches" and n_prefix < 0:
+            raise TapError(f"tap {tap.address}: {list(x.shape)} has no patches of this image")
         if x.ndim != 3 or n_prefix < 0:
             return arrange(x, grid)
         patches = x[:, n_prefix:].transpose(1, 2)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
 from drl_data.backbones.backbone import Backbone, TappableModule
 from drl_data.backbones.loader import ModelFolder, find_model, load_backbone
 from drl_data.errors import SpecError
@@ -15,10 +12,13 @@ from drl_data.spec import BackboneSpec, ConditionSpec, ImageSpec
 
 @dataclass(frozen=True)
 class Inventory:
-    """The modules of a model in the order of its tree, and other names that taps may use."""
+    """The modules of a model in the order of its tree.
+
+    `aliases` has another name for some of their outputs that taps may use: {path: name}.
+    """
 
     modules: tuple[TappableModule, ...]
-    aliases: tuple[str, ...]
+    aliases: dict[str, str]
     image_size: int
     n_parameters: int
     flops: int
@@ -38,24 +38,22 @@ def tappable_modules(spec: BackboneSpec, image_size: int | None = None) -> Inven
         image_size = model.image_size()
     backbone = load_backbone(model, "meta")
     images, condition = _images(backbone, image_size), _condition(backbone)
-    with FlopCounterMode(display=False) as counter:
-        modules = backbone.modules(images, condition)
     return Inventory(
-        modules=modules,
-        aliases=tuple(name for name in backbone.aliases() if name.count(".") < 2),
+        modules=backbone.modules(images, condition),
+        aliases={out: name for name, (out, _) in reversed(backbone.aliases().items())},
         image_size=image_size,
         n_parameters=sum(p.numel() for p in backbone.network.parameters()),
-        flops=int(counter.get_total_flops()),
+        flops=backbone.flops((), images, condition).whole,
     )
 
 
 def _images(backbone: Backbone, size: int) -> ImageSpec:
     """RGB images of this size, or grey ones if the model takes those."""
-    color = ImageSpec(size=size)
+    color = ImageSpec(size=(size, size))
     try:
         backbone.input_shape(color)
     except SpecError:
-        grey = ImageSpec(size=size, mode="L")
+        grey = ImageSpec(size=(size, size), mode="L")
         try:
             backbone.input_shape(grey)
         except SpecError:

@@ -39,7 +39,7 @@ PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 _SIDE_FILES = (".json", ".safetensors", ".txt")
 _NOT_READ = ("training.json", "source.json")
 _TO_SAFETENSORS = (
-    "python -c \"import torch, safetensors.torch as s; s.save_file({k: v.contiguous() for k, v in "
+    'python -c "import torch, safetensors.torch as s; s.save_file({k: v.contiguous() for k, v in '
     "torch.load('%s', weights_only=True, map_location='cpu').items()}, 'model.safetensors')\""
 )
 
@@ -75,8 +75,8 @@ class ModelFolder:
             raise WeightsError(f"model {spec.model!r}: no folder {root}")
         if not folder.network.joinpath("config.json").is_file():
             raise WeightsError(
-                f"model {spec.model!r}: {root} is not in diffusers' or transformers' layout; want "
-                "config.json in it, or in its subfolder unet/ or transformer/"
+                f"model {spec.model!r}: {root} is not in diffusers' layout, nor in transformers'; "
+                "want config.json in it, or in its subfolder unet/ or transformer/"
             )
         return folder
 
@@ -117,7 +117,9 @@ class ModelFolder:
         config = self.config(self.network)
         size = config.get("sample_size", config.get("image_size"))
         if not isinstance(size, int):
-            raise SpecError(f"model {self.spec.model!r} does not say for which size of images it is")
+            raise SpecError(
+                f"model {self.spec.model!r} does not say for which size of images it is"
+            )
         vae = self.component("vae")
         blocks = [] if vae is None else self.config(vae).get("block_out_channels")
         return size * 2 ** (len(blocks) - 1) if isinstance(blocks, list) and blocks else size

@@ -38,11 +38,12 @@ class DiTBackbone(Backbone):
     def load(cls, folder: ModelFolder, device: torch.device) -> DiTBackbone:
         """Weights on `device`, or structure only on meta."""
         from diffusers import DiTTransformer2DModel
+        from diffusers.models.embeddings import Timesteps
 
         network = load_network(folder, DiTTransformer2DModel, device)
-        for block in network.transformer_blocks:
-            # diffusers hard-codes 1; the original timestep_embedding (DiT, models.py) has 0.
-            block.norm1.emb.time_proj.downscale_freq_shift = folder.spec.dit_time_shift
+        for module in network.modules():
+            if isinstance(module, Timesteps):  # one in each block; diffusers hard-codes its shift
+                module.downscale_freq_shift = folder.spec.dit_time_shift
         return cls(
             network,
             load_schedule(folder),

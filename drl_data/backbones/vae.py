@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from drl_data.backbones.backbone import Posterior, check_images
-from drl_data.backbones.loader import ModelFolder, build, build_random, load_component, placed
 from drl_data.backbones.bundles import is_config_only
+from drl_data.backbones.loader import ModelFolder, build, build_random, load_component, placed
 from drl_data.errors import WeightsError
 from drl_data.reduce import TORCH_DTYPES
 from drl_data.spec import ImageSpec
