@@ -141,7 +141,8 @@ def plan(file: PipelineFile, tars: OverrideTars = None, store: OverrideStore = N
     from drl_data.plan import estimate
     from drl_data.runs import prepare
 
-    prepared = prepare(_load(file, tars, store))
+    pipeline = _load(file, tars, store)
+    prepared = prepare(pipeline, structure_only=True)
     spec = prepared.spec
     cost = estimate(prepared.arrays, spec.n_samples, len(prepared.times), spec.rows_per_unit)
     table = Table("array", "tap", "shape", "dtype", "per sample", "in all", "objects", box=None)
@@ -154,6 +155,43 @@ def plan(file: PipelineFile, tars: OverrideTars = None, store: OverrideStore = N
         f"{spec.n_samples} samples x {len(prepared.times)} timesteps = "
         f"{format_bytes(cost.bytes_total)} in {cost.n_objects} objects, {cost.n_units} units of "
         f"{spec.rows_per_unit} rows; fingerprint {spec.fingerprint()}",
+        soft_wrap=True,
+    )
+    flops = prepared.flops(pipeline.condition)
+    n_forwards = len(prepared.times) * spec.noise.members
+    out.print(
+        f"{format_flops(flops.per_image(n_forwards))} per image: {format_flops(flops.encode)} to "
+        f"encode + {n_forwards} forwards of {format_flops(flops.cut)}, cut after the last tap "
+        f"(whole: {format_flops(flops.whole)}; saved: {flops.saving:.0%})",
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def taps(
+    model: Annotated[str, typer.Argument(help="Folder, hub id, bundled:NAME or python:MODULE:F.")],
+    size: Annotated[int | None, typer.Option(min=1, help="Image side; default: its own.")] = None,
+    depth: Annotated[int, typer.Option(min=0, help="Dotted parts shown; 0 for all.")] = 4,
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
+) -> None:
+    """The modules that can be tapped, with shapes and the share of FLOPs done at their end."""
+    from drl_data.backbones.inventory import tappable_modules
+    from drl_data.spec import BackboneSpec
+
+    found = tappable_modules(BackboneSpec(model=model, revision=revision), size)
+    table = Table("tap", "also", "module", "axes", "shape", "FLOPs", box=None)
+    table.columns[0].no_wrap = True
+    table.columns[0].overflow = "fold"
+    for module in found.modules:
+        if depth and module.path.count(".") >= depth:
+            continue
+        axes, shape = ", ".join(module.dims), "x".join(map(str, module.shape))
+        also = found.aliases.get(module.path, "")
+        table.add_row(module.path, also, module.kind, axes, shape, f"{module.share:.0%}")
+    out.print(table)
+    out.print(
+        f"{model} at {found.image_size} px: {found.n_parameters / 1e6:.1f} M parameters, "
+        f"{format_flops(found.flops)} a forward",
         soft_wrap=True,
     )
 
@@ -337,3 +375,12 @@ def format_bytes(n: float) -> str:
             return f"{n:.3g} {unit}"
         n /= 1000
     return f"{n:.3g} PB"
+
+
+def format_flops(n: float) -> str:
+    """1.5e12 -> '1.5 TFLOP'; a multiply and an add are two."""
+    for unit in ("FLOP", "kFLOP", "MFLOP", "GFLOP"):
+        if n < 1000:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} TFLOP"

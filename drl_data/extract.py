@@ -24,9 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drl_data.backbones import Backbone, ModelFolder, load_backbone
-from drl_data.errors import FeatureError, StoreMismatchError, TapError
+from drl_data.backbones import Backbone, Model, find_model, load_backbone
+from drl_data.errors import FeatureError, SpecError, StoreMismatchError, TapError
 from drl_data.features import FeatureComputer
+from drl_data.flops import FeatureFlops
 from drl_data.images import ImageBatch, read_batches
 from drl_data.plan import InvalidRow, Unit
 from drl_data.receipts import Receipt, RunRecord, UnitCounts
@@ -41,7 +42,7 @@ from drl_data.spec import (
     file_digest,
 )
 from drl_data.store import FeatureStore
-from drl_data.taps import ResolvedTap, resolve
+from drl_data.taps import ResolvedTap
 
 RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "numpy", "pillow", "drl-data")
 
@@ -193,17 +194,17 @@ def make_task(
         TapError: if the model has other modules than when the store was made.
     """
     store = FeatureStore.open(store_url)
-    folder = ModelFolder.find(backbone)
-    found = {"weights": folder.digest(), **condition_files(condition)}
+    model = find_model(backbone)
+    found = {"weights": model.digest(), **condition_files(condition)}
     wanted = {"weights": store.spec.weights, **store.spec.condition_files}
     if found != wanted:
         raise StoreMismatchError(
-            f"{store_url} was made with {wanted}, but {folder.root} and the condition's files have "
-            f"{found}; give the same files, or another store"
+            f"{store_url} was made with {wanted}, but {backbone.model} and the condition's files "
+            f"have {found}; give the same files, or another store"
         )
     use_exact_float32()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_backbone(folder, device)
+    loaded = load_backbone(model, device)
     computer = FeatureComputer(
         loaded, _frozen_taps(loaded, store), loaded.conditioning(condition), store.times, store.spec
     )
@@ -221,18 +222,29 @@ def condition_files(condition: ConditionSpec) -> dict[str, str]:
 
 
 def resolve_features(
-    folder: ModelFolder, spec: FeatureSpec, condition: ConditionSpec
+    model: Model, spec: FeatureSpec, condition: ConditionSpec
 ) -> tuple[tuple[ArraySpec, ...], tuple[ResolvedTime, ...]]:
     """Arrays and timesteps of a spec from the structure of its model alone, on the meta device.
 
     Raises:
         SpecError, TapError: if the model cannot do what the spec asks for.
     """
-    backbone = load_backbone(folder, "meta")
-    taps = resolve(backbone.network, spec.taps)
+    backbone = load_backbone(model, "meta")
+    taps = backbone.resolve(spec.taps)
     times = backbone.schedule.resolve(spec.schedule)
+    if spec.schedule.convention == "none" and spec.noise.kind != "none":
+        raise SpecError(
+            f"noise.kind {spec.noise.kind}: this model knows no noise (schedule.convention none); "
+            "write `noise: {kind: none}`"
+        )
     arrays = backbone.arrays(taps, spec.images, condition, times[0], spec.dtype)
     return arrays, times
+
+
+def count_feature_flops(model: Model, spec: FeatureSpec, condition: ConditionSpec) -> FeatureFlops:
+    """FLOPs for one image and one forward of a spec, from the model's structure alone."""
+    backbone = load_backbone(model, "meta")
+    return backbone.flops(backbone.resolve(spec.taps), spec.images, condition)
 
 
 def use_exact_float32() -> None:
@@ -243,7 +255,7 @@ def use_exact_float32() -> None:
 
 def _frozen_taps(backbone: Backbone, store: FeatureStore) -> tuple[ResolvedTap, ...]:
     """The taps resolved against this model, refused if they are not those that the store froze."""
-    taps = resolve(backbone.network, store.spec.taps)
+    taps = backbone.resolve(store.spec.taps)
     now = [(tap.name, tap.address) for tap in taps]
     frozen = [(array.name, array.tap) for array in store.arrays]
     if now != frozen:

@@ -84,16 +84,21 @@ class FeatureComputer:
         for t, when in enumerate(self._times):
             with clock.stage("denoise"):
                 if spec.noise.per_timestep:
-                    noise = self._noise(keys, latents, int(when.requested))
+                    noise = self._noise(keys, latents, _as_key(when.requested))
                 noisy = [corrupt(x, eps, when) for x, eps in zip(latents, noise, strict=True)]
                 features = self._features_at(noisy, when)
             yield t, features
 
     def _scaled(self, pixels: npt.NDArray[np.uint8]) -> Tensor:
         """uint8 0..255 mapped onto the range of the image spec, in the backbone's dtype."""
-        low, high = self._spec.images.range
+        images = self._spec.images
+        low, high = images.range
         x = torch.from_numpy(pixels).to(self.backbone.device, non_blocking=True).float()
-        return (x / 255 * (high - low) + low).to(self.backbone.dtype)
+        x = x / 255 * (high - low) + low
+        if images.mean is not None and images.std is not None:
+            mean, std = (torch.tensor(v, device=x.device) for v in (images.mean, images.std))
+            x = (x - mean[:, None, None]) / std[:, None, None]
+        return x.to(self.backbone.dtype)
 
     def _posterior_noise(self, keys: Sequence[str], member: int, like: Tensor) -> Tensor | None:
         """Noise for the draw from the VAE's posterior; None to take its mean."""
@@ -104,7 +109,7 @@ class FeatureComputer:
         return None if noise is None else noise.to(like)
 
     def _noise(
-        self, keys: Sequence[str], latents: Sequence[Tensor], timestep: int | None
+        self, keys: Sequence[str], latents: Sequence[Tensor], timestep: int | str | None
     ) -> list[Tensor | None]:
         """The diffusion's noise of each member, like its latents."""
         drawn = [
@@ -135,3 +140,8 @@ class FeatureComputer:
             tap.name: reduce(sums[tap.name] / len(noisy), dims_of[tap.name], tap.reduce)[0]
             for tap in self._taps
         }
+
+
+def _as_key(requested: float) -> int | str:
+    """A timestep as a part of what seeds the noise: whole numbers as such, others in full."""
+    return int(requested) if requested == int(requested) else repr(requested)

@@ -12,10 +12,11 @@ from functools import partial
 
 import torch
 
-from drl_data.backbones import ModelFolder
+from drl_data.backbones import Model, find_model
 from drl_data.errors import SpecError
 from drl_data.executors import Outcome, run_local, run_ray
-from drl_data.extract import condition_files, make_task, resolve_features
+from drl_data.extract import condition_files, count_feature_flops, make_task, resolve_features
+from drl_data.flops import FeatureFlops
 from drl_data.index import SampleIndex, build_index, is_current
 from drl_data.plan import Unit, auto_rows_per_unit, select_units
 from drl_data.progress import SILENT, Progress
@@ -23,6 +24,7 @@ from drl_data.receipts import Receipt
 from drl_data.spec import (
     ArraySpec,
     BackboneSpec,
+    ConditionSpec,
     FeatureSpec,
     Pipeline,
     ResolvedTime,
@@ -43,6 +45,11 @@ class Prepared:
     spec: FeatureSpec
     arrays: tuple[ArraySpec, ...]
     times: tuple[ResolvedTime, ...]
+    model: Model
+
+    def flops(self, condition: ConditionSpec) -> FeatureFlops:
+        """FLOPs for one image and one forward, counted on the meta device."""
+        return count_feature_flops(self.model, self.spec, condition)
 
 
 @dataclass
@@ -60,11 +67,12 @@ class RunSummary:
     failed: list[tuple[Unit, str]] = field(default_factory=list)
 
 
-def prepare(pipeline: Pipeline) -> Prepared:
+def prepare(pipeline: Pipeline, *, structure_only: bool = False) -> Prepared:
     """Index the tars, read the model's structure, resolve taps, timesteps, shapes and unit size.
 
     No weights are loaded. Where the store exists already its index is reused if the tars have not
-    changed, and its arrays if the spec is the same.
+    changed, and its arrays if the spec is the same. With `structure_only` a hub id that is not at
+    hand is planned from its bundled configuration; the fingerprint is then not that of its weights.
 
     Raises:
         UserError: whatever is wrong with the pipeline, its tars or its model.
@@ -75,12 +83,12 @@ def prepare(pipeline: Pipeline) -> Prepared:
         index = store.index
     else:
         index = build_index(pipeline.dataset)
-    folder = ModelFolder.find(backbone)
+    model = find_model(backbone, structure_only=structure_only)
     draft = FeatureSpec(
         dataset=index.digest(),
         n_samples=index.n_samples,
         images=pipeline.images,
-        weights=folder.digest(),
+        weights=model.digest(),
         backbone_dtype=backbone.dtype,
         latents=pipeline.latents,
         # Where the embeddings lie is no content; their digest is.
@@ -99,11 +107,12 @@ def prepare(pipeline: Pipeline) -> Prepared:
         rows = store.spec.rows_per_unit if wanted == "auto" else wanted
         spec = draft.model_copy(update={"rows_per_unit": rows})
         if spec == store.spec:
-            return Prepared(index, spec, store.arrays, store.times)
-    arrays, times = resolve_features(folder, draft, pipeline.condition)
+            return Prepared(index, spec, store.arrays, store.times, model)
+    arrays, times = resolve_features(model, draft, pipeline.condition)
     if wanted == "auto":
         wanted = auto_rows_per_unit(arrays, index.n_samples, draft.batch_size)
-    return Prepared(index, draft.model_copy(update={"rows_per_unit": wanted}), arrays, times)
+    spec = draft.model_copy(update={"rows_per_unit": wanted})
+    return Prepared(index, spec, arrays, times, model)
 
 
 def extract(
@@ -124,6 +133,7 @@ def extract(
         ExecutionError: if no worker is left.
     """
     prepared = prepare(pipeline)
+    prepared.model.check_weights()
     _, _, store_spec = required_sections(pipeline)
     store = FeatureStore.create(
         store_spec.url, prepared.spec, prepared.arrays, prepared.times, prepared.index

@@ -100,6 +100,10 @@ class ImageSpec(Spec):
     """Colour under transparent pixels, RGB 0..255."""
     range: tuple[float, float] = (-1.0, 1.0)
     """What uint8 0 and 255 become for the backbone."""
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    """Then (x - mean) / std of each channel, as encoders want: with `range: [0, 1]`, DINOv2 takes
+    mean [0.485, 0.456, 0.406] and std [0.229, 0.224, 0.225]."""
     max_pixels: int = 178_956_970
     """An image with more pixels than this is refused before it is decoded (Pillow's bomb limit)."""
 
@@ -108,13 +112,25 @@ class ImageSpec(Spec):
         """3 for RGB, 1 for L."""
         return 3 if self.mode == "RGB" else 1
 
+    @model_validator(mode="after")
+    def _one_mean_and_std_a_channel(self) -> ImageSpec:
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std belong together; give both or neither")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and len(values) != self.n_channels:
+                raise ValueError(f"{name}: {len(values)} numbers for {self.n_channels} channels")
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"std {list(self.std)}: want positive numbers")
+        return self
+
 
 class BackboneSpec(Spec):
-    """The frozen model: a hub id with a pinned revision, a local folder, or `bundled:NAME`.
+    """The frozen model: a hub id with a pinned revision, a local folder, `bundled:NAME`, or code.
 
-    `model` and `revision` say where the weights are; what enters the fingerprint is the digest of
-    the files. `init: random` builds the same architecture with seeded random weights, the control
-    that every claim about learnt features needs.
+    Your own code is `python:package.module:factory`, as backbones/custom.py documents. `model` and
+    `revision` say where the weights are; what enters the fingerprint is the digest of the files.
+    `init: random` builds the same architecture with seeded random weights, the control that every
+    claim about learnt features needs.
     """
 
     model: str
@@ -125,6 +141,9 @@ class BackboneSpec(Spec):
     init_seed: int = 0
     dtype: DType = "float32"
     """Precision of the forward pass."""
+    dit_time_shift: Literal[0, 1] = 1
+    """DiT only: `downscale_freq_shift` of the sinusoids that tell it the time. diffusers has 1; the
+    original code (Peebles and Xie 2023), which trained the weights, has 0."""
 
 
 class LatentSpec(Spec):
@@ -155,11 +174,21 @@ class ScheduleSpec(Spec):
     """Positions on the model's noise schedule and the convention that they are written in.
 
     `ddpm_index`: 0 (clean) .. n-1, the index into the scheduler's alphas_cumprod, which is also
-    what the network is told (DIFT, ODISE, CleanDIFT ...).
+    what the network is told (DIFT, ODISE, CleanDIFT ...). `edm_sigma`: the noise level itself, and
+    `edm_index`: a position on the ladder of `n_steps` levels, 1 (least noise) .. n_steps (Karras et
+    al. 2022; DDAE's EDM takes 4 of 18). `none`: encoders know no noise; `timesteps` is then [0].
     """
 
-    convention: Literal["ddpm_index"] = "ddpm_index"
-    timesteps: tuple[int, ...]
+    convention: Literal["ddpm_index", "edm_sigma", "edm_index", "none"] = "ddpm_index"
+    timesteps: tuple[int | float, ...]
+    n_steps: Annotated[int, Field(ge=2)] = 18
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_time_is_position_0(cls, data: object) -> object:
+        if isinstance(data, Mapping) and data.get("convention") == "none":
+            return {"timesteps": (0,), **data}
+        return data
 
     @model_validator(mode="after")
     def _distinct(self) -> ScheduleSpec:
@@ -297,8 +326,14 @@ class FeatureSpec(Spec):
     overflow: Literal["error", "clip"]
 
     def fingerprint(self) -> str:
-        """32 hexadecimal digits of the SHA-256 of the canonical JSON of this spec."""
-        return hashlib.sha256(canonical_json(self.model_dump(mode="json"))).hexdigest()[:32]
+        """32 hexadecimal digits of the SHA-256 of the canonical JSON of this spec.
+
+        Fields that have their default are left out, at every depth, so that a field that a later
+        version adds does not orphan the stores of an earlier one. Hence a default never changes,
+        and a field that holds one of several specs needs a key without default to tell them apart.
+        """
+        content = {**self.model_dump(mode="json", exclude_defaults=True), "format": self.format}
+        return hashlib.sha256(canonical_json(content)).hexdigest()[:32]
 
     def differences(self, other: FeatureSpec) -> list[str]:
         """Lines `path: mine != theirs`, one for each leaf that differs; empty if equal."""

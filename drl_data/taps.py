@@ -4,7 +4,8 @@
     pattern = dotted module path; `*` matches within one component, `**` any number of them
     site    = "out" (default) | "in"
     part    = position in the tuple that the module returns, or is called with (default: the first
-              tensor)
+              tensor), or the name of some of its tokens that an encoder has (`cls`,
+              `patches`, `prefix`: those before the patches)
 
 Examples: `mid_block`, `up_blocks.*.resnets.*`, `up_blocks.1.resnets.2@in`, `down_blocks.0@out.0`.
 
@@ -26,6 +27,7 @@ from drl_data.errors import TapError
 from drl_data.spec import TapSpec
 
 SITES = ("out", "in")
+TOKEN_PARTS = ("cls", "patches", "prefix")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class ResolvedTap:
     name: str
     module: str
     site: str
-    part: int | None
+    part: int | str | None
     reduce: tuple[str, ...] = ()
 
     @property
@@ -44,10 +46,14 @@ class ResolvedTap:
         return f"{self.module}@{self.site}" + ("" if self.part is None else f".{self.part}")
 
 
-_TAP = re.compile(r"^(?P<pattern>[^@\s]+)(?:@(?P<site>[a-z_]+)(?:\.(?P<part>\d+))?)?$")
+_TAP = re.compile(
+    r"^(?P<pattern>[^@\s]+)(?:@(?P<site>[a-z_]+)(?:\.(?P<part>\d+|"
+    + "|".join(TOKEN_PARTS)
+    + r"))?)?$"
+)
 
 
-def parse(path: str) -> tuple[str, str, int | None]:
+def parse(path: str) -> tuple[str, str, int | str | None]:
     """Split `pattern[@site][.part]` into (pattern, site, part).
 
     Raises:
@@ -60,7 +66,8 @@ def parse(path: str) -> tuple[str, str, int | None]:
             "for example 'mid_block', 'up_blocks.1@in' or 'down_blocks.0@out.0'"
         )
     part = match["part"]
-    return match["pattern"], match["site"] or "out", None if part is None else int(part)
+    position = int(part) if part is not None and part.isdigit() else part
+    return match["pattern"], match["site"] or "out", position
 
 
 def resolve(model: nn.Module, taps: Sequence[TapSpec]) -> tuple[ResolvedTap, ...]:
@@ -87,24 +94,62 @@ def resolve(model: nn.Module, taps: Sequence[TapSpec]) -> tuple[ResolvedTap, ...
 
 def _resolve_one(spec: TapSpec, modules: Sequence[str]) -> list[ResolvedTap]:
     pattern, site, part = parse(spec.path)
-    expression = re.compile(_glob_to_regex(pattern))
-    matches = [name for name in modules if expression.fullmatch(name)]
-    if not matches:
-        near = difflib.get_close_matches(pattern, modules, n=5, cutoff=0.3) or list(modules[:5])
-        raise TapError(
-            f"tap {spec.path!r} matches no module of this model; nearest: {', '.join(near)} "
-            "(`drl taps MODEL` lists them all)"
-        )
+    matches = _matching(pattern, spec.path, modules)
     if spec.name is not None and len(matches) > 1:
         raise TapError(
             f"tap {spec.path!r} has the name {spec.name!r} but matches {len(matches)} modules: "
             f"{', '.join(matches)}; leave `name` out, or name one module"
         )
-    suffix = ("" if site == "out" else f"-{site}") + ("" if part is None else f"-{part}")
+    suffix = _suffix(site, part)
     return [
         ResolvedTap(spec.name or f"{module}{suffix}", module, site, part, spec.reduce)
         for module in matches
     ]
+
+
+def expand_aliases(
+    taps: Sequence[TapSpec], aliases: Mapping[str, tuple[str, str]]
+) -> list[TapSpec]:
+    """Taps that use other names for modules, under the modules' own; the array keeps its alias.
+
+    `aliases` maps a name to (the module whose output it is, the module whose input it is). A tap
+    whose first component no alias has stays as it is.
+
+    Raises:
+        TapError: if such a tap matches no alias.
+    """
+    roots = {alias.split(".")[0] for alias in aliases}
+    expanded: list[TapSpec] = []
+    for spec in taps:
+        pattern, site, part = parse(spec.path)
+        if pattern.split(".")[0] not in roots:
+            expanded.append(spec)
+            continue
+        matches = _matching(pattern, spec.path, tuple(aliases))
+        suffix = _suffix(site, part)
+        for alias in matches:
+            module = aliases[alias][1 if site == "in" else 0]
+            address = f"{module}@{site}" + ("" if part is None else f".{part}")
+            name = spec.name if spec.name and len(matches) == 1 else f"{alias}{suffix}"
+            expanded.append(TapSpec(path=address, name=name, reduce=spec.reduce))
+    return expanded
+
+
+def _matching(pattern: str, path: str, names: Sequence[str]) -> list[str]:
+    expression = re.compile(_glob_to_regex(pattern))
+    matches = [name for name in names if expression.fullmatch(name)]
+    if not matches:
+        near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.3) or list(names[:5])
+        raise TapError(
+            f"tap {path!r} matches no module of this model; nearest: {', '.join(near)} "
+            "(`drl taps MODEL` lists them all)"
+        )
+    return matches
+
+
+def _suffix(site: str, part: int | str | None) -> str:
+    """What an array's name adds to its module's for another tensor than the output."""
+    return ("" if site == "out" else f"-{site}") + ("" if part is None else f"-{part}")
 
 
 def _glob_to_regex(pattern: str) -> str:
@@ -178,11 +223,12 @@ def _hook(
 
 def _tensor_of(tap: ResolvedTap, value: object) -> Tensor:
     """The tensor itself, the `part`-th entry of a tuple, or the first tensor of many."""
-    if isinstance(value, Tensor) and tap.part is None:
+    part = tap.part if isinstance(tap.part, int) else None
+    if isinstance(value, Tensor) and part is None:
         return value
     entries = tuple(value.values()) if isinstance(value, Mapping) else value
     if isinstance(entries, tuple | list):
-        chosen = entries if tap.part is None else entries[tap.part : tap.part + 1]
+        chosen = entries if part is None else entries[part : part + 1]
         for entry in chosen:
             if isinstance(entry, Tensor):
                 return entry

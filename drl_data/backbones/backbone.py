@@ -18,13 +18,17 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from drl_data.errors import SpecError
+from drl_data.errors import SpecError, TapError
+from drl_data.flops import FeatureFlops, count_flops, trace
 from drl_data.reduce import MAP, TOKENS, VECTOR, reduce
-from drl_data.schedule import NoiseSchedule
-from drl_data.spec import ArraySpec, ConditionSpec, DType, ImageSpec, ResolvedTime
-from drl_data.taps import ResolvedTap, capture
+from drl_data.schedule import Schedule
+from drl_data.spec import ArraySpec, ConditionSpec, DType, ImageSpec, ResolvedTime, TapSpec
+from drl_data.taps import ResolvedTap, capture, expand_aliases, resolve
 
 Transform = Callable[[ResolvedTap, Tensor, tuple[str, ...]], Tensor]
+
+CLEAN = ResolvedTime(requested=0, convention="none", model_time=0, alpha=1.0, sigma=0.0)
+"""Time 0, for what does not depend on the time: shapes and FLOPs."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +59,22 @@ class Conditioning:
         return {k: v.expand(n, *v.shape[1:]) for k, v in self.kwargs.items()}
 
 
-class Backbone(ABC):
-    """A frozen network with a noise schedule; weights on `device`, or structure only on meta."""
+@dataclass(frozen=True)
+class TappableModule:
+    """A module that can be tapped: its output's axes for one image, and the share of the forward's
+    FLOPs (0..1) that is done when it ends."""
 
-    def __init__(self, network: nn.Module, schedule: NoiseSchedule, device: torch.device) -> None:
+    path: str
+    kind: str
+    dims: tuple[str, ...]
+    shape: tuple[int, ...]
+    share: float
+
+
+class Backbone(ABC):
+    """A frozen network with a schedule; weights on `device`, or structure only on meta."""
+
+    def __init__(self, network: nn.Module, schedule: Schedule, device: torch.device) -> None:
         self.network = network.eval().requires_grad_(False)
         self.schedule = schedule
         self.device = device
@@ -88,6 +104,26 @@ class Backbone(ABC):
     def forward(self, x: Tensor, model_time: Tensor, kwargs: Mapping[str, Tensor]) -> object:
         """One whole denoiser forward of x [b, c, h, w] at model_time [b]."""
 
+    def resolve(self, taps: Sequence[TapSpec]) -> tuple[ResolvedTap, ...]:
+        """The taps resolved against the network's modules, under whichever of their names.
+
+        Raises:
+            TapError: if a tap matches nothing, or two arrays would have one name.
+        """
+        return resolve(self.network, expand_aliases(taps, self.aliases()))
+
+    def aliases(self) -> Mapping[str, tuple[str, str]]:
+        """Other names of modules: {name: (module whose output it is, module whose input it is)}."""
+        return {}
+
+    def arrange(
+        self, tap: ResolvedTap, x: Tensor, grid: tuple[int, int]
+    ) -> tuple[Tensor, tuple[str, ...]]:
+        """A tap's tensor with the names of its axes; `grid` is h, w of the denoiser's input."""
+        if isinstance(tap.part, str):
+            raise TapError(f"tap {tap.address}: this family has no tokens named {tap.part!r}")
+        return arrange(x, grid)
+
     def replica(self) -> Self:
         """The same weights behind other modules, so that hooks of two threads do not meet."""
         shared = [*self.network.parameters(), *self.network.buffers()]
@@ -115,7 +151,7 @@ class Backbone(ABC):
         grid = (x.shape[-2], x.shape[-1])
 
         def arrange_and_transform(tap: ResolvedTap, tensor: Tensor) -> Tensor:
-            return transform(tap, *arrange(tensor, grid))
+            return transform(tap, *self.arrange(tap, tensor, grid))
 
         return capture(
             self.network,
@@ -147,10 +183,51 @@ class Backbone(ABC):
             )
             return reduced
 
-        x = torch.empty((1, *self.input_shape(images)), dtype=self.dtype, device=self.device)
         with torch.no_grad():
-            self.tap(x, time, self.conditioning(condition), taps, note)
+            self.tap(self._blank(images), time, self.conditioning(condition), taps, note)
         return tuple(found[tap.name] for tap in taps)
+
+    def modules(self, images: ImageSpec, condition: ConditionSpec) -> tuple[TappableModule, ...]:
+        """Every module that puts out a tensor, from one forward; meant for the meta device."""
+        x = self._blank(images)
+        told = self.conditioning(condition).expand(1)
+        time = torch.zeros(1, dtype=torch.long, device=self.device)
+        with torch.no_grad():
+            calls, total = trace(self.network, lambda: self.forward(x, time, told))
+
+        def described(path: str, kind: str, output: Tensor, through: int) -> TappableModule:
+            tap = ResolvedTap(path, path, "out", None)
+            if output.ndim > 1 and len(output) == 1:
+                output, dims = self.arrange(tap, output, (x.shape[-2], x.shape[-1]))
+                return TappableModule(path, kind, dims, tuple(output.shape[1:]), through / total)
+            return TappableModule(path, kind, (), tuple(output.shape), through / total)
+
+        return tuple(described(c.path, c.kind, c.output, c.flops_through) for c in calls)
+
+    def flops(
+        self, taps: Sequence[ResolvedTap], images: ImageSpec, condition: ConditionSpec
+    ) -> FeatureFlops:
+        """FLOPs for one image; meant for the meta device."""
+        x, told = self._blank(images), self.conditioning(condition)
+        pixels = torch.empty(
+            (1, images.n_channels, *images.size), dtype=self.dtype, device=self.device
+        )
+
+        def forward(*, stop_early: bool) -> Callable[[], object]:
+            return lambda: self.tap(
+                x, CLEAN, told, taps, lambda _tap, tensor, _dims: tensor, stop_early=stop_early
+            )
+
+        with torch.no_grad():
+            return FeatureFlops(
+                whole=count_flops(forward(stop_early=False)),
+                cut=count_flops(forward(stop_early=True)),
+                encode=count_flops(lambda: self.encode(pixels)),
+            )
+
+    def _blank(self, images: ImageSpec) -> Tensor:
+        """One input of the denoiser, without content."""
+        return torch.empty((1, *self.input_shape(images)), dtype=self.dtype, device=self.device)
 
 
 def arrange(x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[str, ...]]:

@@ -11,22 +11,37 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from drl_data.backbones.backbone import Backbone
+from drl_data.backbones.bundles import (
+    bundle_folder,
+    bundle_of,
+    bundled_image_size,
+    hub_ids,
+    is_config_only,
+)
+from drl_data.backbones.custom import PYTHON, CustomModel
 from drl_data.errors import SpecError, WeightsError
 from drl_data.reduce import TORCH_DTYPES
-from drl_data.schedule import NoiseSchedule
+from drl_data.schedule import NoiseSchedule, Schedule
+from drl_data.schedule_edm import EDMSchedule
 from drl_data.spec import BackboneSpec, canonical_json, file_digest
 
 BUNDLED = "bundled:"
 NETWORK_FOLDERS = ("unet", "transformer")
 COMPONENTS = (*NETWORK_FOLDERS, "vae", "text_encoder", "tokenizer", "scheduler")
+ENCODER = "transformers"
+PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 _SIDE_FILES = (".json", ".safetensors", ".txt")
+_NOT_READ = ("training.json", "source.json")
+_TO_SAFETENSORS = (
+    'python -c "import torch, safetensors.torch as s; s.save_file({k: v.contiguous() for k, v in '
+    "torch.load('%s', weights_only=True, map_location='cpu').items()}, 'model.safetensors')\""
+)
 
 
 @dataclass(frozen=True)
@@ -43,9 +58,14 @@ class ModelFolder:
         Raises:
             WeightsError: if there is no such model, with the id and the revision that were tried.
         """
+        if spec.model.endswith(PICKLES):
+            raise WeightsError(
+                f"model {spec.model!r} is a pickle, which may run code when it is read. Convert it "
+                f"once, if you trust it: {_TO_SAFETENSORS % spec.model}\nthen put it into a folder "
+                "with a config.json (backbones/adm.py says which for guided-diffusion)"
+            )
         if spec.model.startswith(BUNDLED):
-            name = spec.model.removeprefix(BUNDLED)
-            root = Path(str(resources.files("drl_data"))) / "assets" / name
+            root = bundle_folder(spec.model.removeprefix(BUNDLED))
         elif spec.model.startswith(("/", ".")) or Path(spec.model).is_dir():
             root = Path(spec.model)
         else:
@@ -55,8 +75,8 @@ class ModelFolder:
             raise WeightsError(f"model {spec.model!r}: no folder {root}")
         if not folder.network.joinpath("config.json").is_file():
             raise WeightsError(
-                f"model {spec.model!r}: {root} is not in diffusers' layout; want config.json in "
-                "it, or in its subfolder unet/ or transformer/"
+                f"model {spec.model!r}: {root} is not in diffusers' layout, nor in transformers'; "
+                "want config.json in it, or in its subfolder unet/ or transformer/"
             )
         return folder
 
@@ -81,8 +101,42 @@ class ModelFolder:
 
     @property
     def class_name(self) -> str:
-        """diffusers' name of the denoiser's class."""
-        return str(self.config(self.network).get("_class_name"))
+        """diffusers' name of the denoiser's class; `transformers` for a model of that library."""
+        config = self.config(self.network)
+        return str(config.get("_class_name", ENCODER if "model_type" in config else None))
+
+    def image_size(self) -> int:
+        """Side in pixels that the model was made for, as far as its configuration says.
+
+        Raises:
+            SpecError: if it does not say.
+        """
+        bundled = bundled_image_size(self.root)
+        if bundled is not None:
+            return bundled
+        config = self.config(self.network)
+        size = config.get("sample_size", config.get("image_size"))
+        if not isinstance(size, int):
+            raise SpecError(
+                f"model {self.spec.model!r} does not say for which size of images it is"
+            )
+        vae = self.component("vae")
+        blocks = [] if vae is None else self.config(vae).get("block_out_channels")
+        return size * 2 ** (len(blocks) - 1) if isinstance(blocks, list) and blocks else size
+
+    def check_weights(self) -> None:
+        """Refuse pretrained weights of a configuration that comes without.
+
+        Raises:
+            WeightsError: saying where the weights are.
+        """
+        if self.spec.init == "pretrained" and is_config_only(self.root):
+            hub = " or ".join(hub_ids(self.root)) or "not on the hub"
+            raise WeightsError(
+                f"model {self.spec.model!r} is a configuration without weights, for plans and for "
+                f"`init: random`; the weights: {hub} (as backbone.model with a revision, or a "
+                "local folder)"
+            )
 
     def digest(self) -> str:
         """SHA-256 over every file that the backbone reads; for `init: random` its seed instead of
@@ -95,6 +149,8 @@ class ModelFolder:
                     continue
                 entries["random"] = str(self.spec.init_seed)
             entries[name] = _content_digest(file)
+        if self.spec.dit_time_shift != 1:
+            entries["dit_time_shift"] = str(self.spec.dit_time_shift)
         return hashlib.sha256(canonical_json(dict(entries))).hexdigest()
 
     def _files(self) -> Iterator[Path]:
@@ -102,7 +158,7 @@ class ModelFolder:
         for folder in folders if self.network != self.root else [self.root, *folders]:
             names = {p for p in folder.iterdir() if p.suffix in _SIDE_FILES and p.is_file()}
             weights = {p for p in names if ".safetensors" in p.name}
-            yield from sorted(names - weights - {self.root / "training.json"})
+            yield from sorted(names - weights - {self.root / n for n in _NOT_READ})
             yield from sorted(p for p in weights if self._is_used(p))
 
     def _is_used(self, file: Path) -> bool:
@@ -126,8 +182,16 @@ def _fetch(spec: BackboneSpec) -> Path:
             "folder starts with '/' or './'"
         )
     patterns = ["*.json", *(f"{name}/*{end}" for name in COMPONENTS for end in _SIDE_FILES)]
-    try:
+
+    def download() -> Path:
         return Path(snapshot_download(spec.model, revision=spec.revision, allow_patterns=patterns))
+
+    try:
+        root = download()
+        if (root / "config.json").is_file():  # one network: its weights lie beside it
+            patterns.append("*.safetensors")
+            root = download()
+        return root
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise WeightsError(
             f"model {spec.model!r} at revision {spec.revision!r} is neither in the local cache "
@@ -146,12 +210,41 @@ def _content_digest(file: Path) -> str:
     return file_digest(file)
 
 
-def load_backbone(folder: ModelFolder, device: str | torch.device) -> Backbone:
+Model = ModelFolder | CustomModel
+"""Where a backbone comes from: `spec`, `digest()` and `check_weights()` without reading weights."""
+
+
+def find_model(spec: BackboneSpec, *, structure_only: bool = False) -> Model:
+    """The folder of a model, or the Python code that makes it.
+
+    With `structure_only` a hub id that is not at hand becomes its bundled configuration.
+
+    Raises:
+        SpecError: for a hub id without a revision.
+        WeightsError: if there is no such model.
+    """
+    if spec.model.startswith(PYTHON):
+        return CustomModel(spec)
+    try:
+        return ModelFolder.find(spec)
+    except (SpecError, WeightsError):
+        name = bundle_of(spec.model) if structure_only else None
+        if name is None:
+            raise
+        return ModelFolder(bundle_folder(name), spec)
+
+
+def load_backbone(model: Model, device: str | torch.device) -> Backbone:
     """The adapter of the model's family with weights on `device`; on "meta" structure only.
 
     Raises:
         WeightsError: for a class that no adapter knows, or files that do not load.
     """
+    if isinstance(model, CustomModel):
+        return model.load(torch.device(device))
+    folder = model
+    from drl_data.backbones.adm import GUIDED_DIFFUSION, load_guided_diffusion
+    from drl_data.backbones.encoder import EncoderBackbone
     from drl_data.backbones.transformer import DiTBackbone
     from drl_data.backbones.unet import LatentUNetBackbone, PixelUNetBackbone
 
@@ -159,7 +252,11 @@ def load_backbone(folder: ModelFolder, device: str | torch.device) -> Backbone:
         "UNet2DModel": PixelUNetBackbone.load,
         "UNet2DConditionModel": LatentUNetBackbone.load,
         "DiTTransformer2DModel": DiTBackbone.load,
+        GUIDED_DIFFUSION: load_guided_diffusion,
+        ENCODER: EncoderBackbone.load,
     }
+    if folder.spec.dit_time_shift != 1 and folder.class_name != "DiTTransformer2DModel":
+        raise SpecError(f"backbone.dit_time_shift: {folder.class_name} is no DiT; leave it out")
     if folder.class_name not in families:
         raise WeightsError(
             f"model {folder.spec.model!r} is a {folder.class_name}; families with an adapter: "
@@ -171,20 +268,32 @@ def load_backbone(folder: ModelFolder, device: str | torch.device) -> Backbone:
 def load_network(folder: ModelFolder, cls: type, device: torch.device) -> nn.Module:
     """The denoiser: pretrained, seeded random, or on meta; in the precision of the spec."""
     dtype = TORCH_DTYPES[folder.spec.dtype]
-    config = {k: v for k, v in folder.config(folder.network).items() if not k.startswith("_")}
+    if device.type != "meta" and folder.spec.init == "random":
+        return placed(build_random(folder, folder.network, cls, dtype), device)
     if device.type == "meta":
-        return build(cls, config, "meta", dtype)
-    if folder.spec.init == "random":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(folder.spec.init_seed)
-            return placed(build(cls, config, "cpu", dtype), device)
+        return build(cls, folder.config(folder.network), "meta", dtype)
     return placed(load_component(folder, folder.network, cls, dtype), device)
+
+
+def build_random(folder: ModelFolder, path: Path, cls: type, dtype: torch.dtype) -> nn.Module:
+    """A component with the weights that its constructor draws, from the seed of the spec."""
+    with seeded(folder.spec.init_seed):
+        return build(cls, folder.config(path), "cpu", dtype)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers from `seed` inside; outside, nobody's change."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def build(cls: type, config: dict[str, object], device: str, dtype: torch.dtype) -> nn.Module:
     """A diffusers model from its configuration; weights as its constructor makes them."""
+    fields = {key: value for key, value in config.items() if not key.startswith("_")}
     with torch.device(device):
-        network: nn.Module = cls.from_config(config)  # type: ignore[attr-defined]
+        network: nn.Module = cls.from_config(fields)  # type: ignore[attr-defined]
     return network if dtype == torch.float32 else nn.Module.to(network, dtype)
 
 
@@ -196,7 +305,8 @@ def load_component(
     Raises:
         WeightsError: if the files are missing or do not fit.
     """
-    with _weights_errors(folder, path):
+    folder.check_weights()
+    with weights_errors(folder, path):
         loaded: nn.Module = cls.from_pretrained(  # type: ignore[attr-defined]
             path,
             variant=folder.spec.variant,
@@ -215,27 +325,34 @@ def placed(network: nn.Module, device: torch.device) -> nn.Module:
     return network
 
 
-def load_schedule(folder: ModelFolder) -> NoiseSchedule:
+def load_schedule(folder: ModelFolder) -> Schedule:
     """The training schedule from scheduler/scheduler_config.json.
 
     Raises:
         WeightsError: if the folder has none.
     """
-    from diffusers import DDPMScheduler
+    from diffusers import DDPMScheduler, EDMEulerScheduler
 
     path = folder.component("scheduler")
+    if path is None and (folder.root / "scheduler_config.json").is_file():
+        path = folder.root  # where google/ddpm-* have it
     if path is None:
         raise WeightsError(
             f"model {folder.spec.model!r}: no scheduler/ beside the network, so its noise schedule "
             "is unknown; give the folder of the whole pipeline"
         )
-    with _weights_errors(folder, path):
+    with weights_errors(folder, path):
+        config = json.loads((path / "scheduler_config.json").read_text(encoding="utf-8"))
+        if str(config.get("_class_name")).startswith("EDM"):
+            edm = EDMEulerScheduler.from_config(config).config
+            return EDMSchedule(edm.sigma_min, edm.sigma_max, edm.sigma_data, edm.rho)
         scheduler = DDPMScheduler.from_pretrained(path, local_files_only=True)
     return NoiseSchedule(scheduler.alphas_cumprod)
 
 
 @contextlib.contextmanager
-def _weights_errors(folder: ModelFolder, path: Path) -> Iterator[None]:
+def weights_errors(folder: ModelFolder, path: Path) -> Iterator[None]:
+    """What a library raises while it loads, as a WeightsError that names the folder."""
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:

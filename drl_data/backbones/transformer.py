@@ -12,7 +12,7 @@ from drl_data.backbones.backbone import Backbone, Conditioning, Posterior, refus
 from drl_data.backbones.loader import ModelFolder, load_network, load_schedule
 from drl_data.backbones.vae import encode_latents, latent_shape, load_vae
 from drl_data.errors import SpecError
-from drl_data.schedule import NoiseSchedule
+from drl_data.schedule import Schedule
 from drl_data.spec import ConditionSpec, ImageSpec
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class DiTBackbone(Backbone):
     def __init__(
         self,
         network: DiTTransformer2DModel,
-        schedule: NoiseSchedule,
+        schedule: Schedule,
         device: torch.device,
         vae: AutoencoderKL,
     ) -> None:
@@ -38,9 +38,14 @@ class DiTBackbone(Backbone):
     def load(cls, folder: ModelFolder, device: torch.device) -> DiTBackbone:
         """Weights on `device`, or structure only on meta."""
         from diffusers import DiTTransformer2DModel
+        from diffusers.models.embeddings import Timesteps
 
+        network = load_network(folder, DiTTransformer2DModel, device)
+        for module in network.modules():
+            if isinstance(module, Timesteps):  # one in each block; diffusers hard-codes its shift
+                module.downscale_freq_shift = folder.spec.dit_time_shift
         return cls(
-            load_network(folder, DiTTransformer2DModel, device),
+            network,
             load_schedule(folder),
             device,
             load_vae(folder, device),

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from drl_data.backbones.adm_names import adm_aliases
 from drl_data.backbones.backbone import (
     Backbone,
     Conditioning,
@@ -20,7 +21,7 @@ from drl_data.backbones.backbone import (
 from drl_data.backbones.loader import ModelFolder, load_component, load_network, load_schedule
 from drl_data.backbones.vae import encode_latents, latent_shape, load_vae
 from drl_data.errors import SpecError, WeightsError
-from drl_data.schedule import NoiseSchedule
+from drl_data.schedule import Schedule
 from drl_data.spec import ConditionSpec, ImageSpec
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ PROMPT_TENSOR = "prompt_embeds"
 
 
 class PixelUNetBackbone(Backbone):
-    """diffusers' UNet2DModel: the image itself is noised."""
+    """diffusers' UNet2DModel: the image itself is noised. Taps may use ADM's names too."""
 
     network: UNet2DModel
 
@@ -40,6 +41,9 @@ class PixelUNetBackbone(Backbone):
         from diffusers import UNet2DModel
 
         return cls(load_network(folder, UNet2DModel, device), load_schedule(folder), device)
+
+    def aliases(self) -> Mapping[str, tuple[str, str]]:
+        return adm_aliases(self.network)
 
     def input_shape(self, images: ImageSpec) -> tuple[int, int, int]:
         config = self.network.config
@@ -73,7 +77,7 @@ class LatentUNetBackbone(Backbone):
     def __init__(
         self,
         network: UNet2DConditionModel,
-        schedule: NoiseSchedule,
+        schedule: Schedule,
         device: torch.device,
         vae: AutoencoderKL,
         folder: ModelFolder,

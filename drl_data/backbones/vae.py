@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from drl_data.backbones.backbone import Posterior, check_images
-from drl_data.backbones.loader import ModelFolder, build, load_component, placed
+from drl_data.backbones.bundles import is_config_only
+from drl_data.backbones.loader import ModelFolder, build, build_random, load_component, placed
 from drl_data.errors import WeightsError
 from drl_data.reduce import TORCH_DTYPES
 from drl_data.spec import ImageSpec
@@ -37,6 +38,8 @@ def load_vae(folder: ModelFolder, device: torch.device) -> AutoencoderKL:
         dtype = torch.float32  # the model's own word that its VAE overflows in float16
     if device.type == "meta":
         return build(AutoencoderKL, config, "meta", dtype)
+    if folder.spec.init == "random" and is_config_only(folder.root):
+        return placed(build_random(folder, path, AutoencoderKL, dtype), device)
     return placed(load_component(folder, path, AutoencoderKL, dtype), device)
 
 

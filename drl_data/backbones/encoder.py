@@ -1,0 +1,186 @@
+"""Encoders of `transformers` as backbones: DINOv2, CLIP's vision tower, ViT, MAE, ConvNeXt ...
+
+They see the clean image, so there is no noise and no time: `schedule: {convention: none}` and
+`noise: {kind: none}`. Pixels are normalised as `images.range`, `mean` and `std` say.
+
+A tap on tokens [b, n, c] gives the map of the patches, row-major; `@out.cls` gives the vector of
+the class token, `@out.prefix` all tokens before the patches (class and registers), and
+`@out.patches` the map again, but refuses what holds no patches. DINOv2's
+`layernorm` is what REPA aligns to (256 x 768 for images of 224).
+
+Shapes: b batch, c channel, h w height and width in pixels or patches, n token.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from drl_data.backbones.backbone import (
+    Backbone,
+    Conditioning,
+    Posterior,
+    arrange,
+    check_images,
+    refuse_text,
+)
+from drl_data.backbones.loader import ModelFolder, placed, seeded, weights_errors
+from drl_data.errors import SpecError, TapError, WeightsError
+from drl_data.reduce import MAP, TOKENS, TORCH_DTYPES, VECTOR
+from drl_data.schedule import NoSchedule
+from drl_data.spec import ConditionSpec, ImageSpec
+from drl_data.taps import ResolvedTap
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+MAX_PREFIX_TOKENS = 16
+"""More tokens than this before the patches are no class token and registers."""
+
+
+class EncoderBackbone(Backbone):
+    """A `transformers` vision model."""
+
+    network: PreTrainedModel
+
+    def __init__(self, network: PreTrainedModel, device: torch.device) -> None:
+        super().__init__(network, NoSchedule(), device)
+        self._takes = frozenset(inspect.signature(network.forward).parameters)
+
+    @classmethod
+    def load(cls, folder: ModelFolder, device: torch.device) -> EncoderBackbone:
+        """Weights on `device`, or structure only on meta."""
+        return cls(_load_network(folder, device), device)
+
+    @property
+    def patch(self) -> int | None:
+        """Side of a patch in pixels; None for a network without patches."""
+        side = self.network.config.to_dict().get("patch_size")
+        return side if isinstance(side, int) else None
+
+    @property
+    def native_size(self) -> int | None:
+        """Side of the images that the positions are for; None if any size is native."""
+        size = self.network.config.to_dict().get("image_size")
+        return size if isinstance(size, int) else None
+
+    def input_shape(self, images: ImageSpec) -> tuple[int, int, int]:
+        check_images(images, self.network.config.num_channels, self.patch or 1)
+        return (images.n_channels, *images.size)
+
+    def encode(self, pixels: Tensor) -> Posterior:
+        return Posterior(pixels)
+
+    def conditioning(self, spec: ConditionSpec) -> Conditioning:
+        refuse_text(spec, "an encoder")
+        if spec.class_label != "null":
+            raise SpecError(f"condition.class_label {spec.class_label}: an encoder takes none")
+        return Conditioning()
+
+    def forward(self, x: Tensor, model_time: Tensor, kwargs: Mapping[str, Tensor]) -> object:
+        options: dict[str, object] = {}
+        if "interpolate_pos_encoding" in self._takes and x.shape[2:] != (self.native_size,) * 2:
+            options["interpolate_pos_encoding"] = True
+        if self.network.config.model_type == "vit_mae" and self.patch is not None:
+            # MAE orders patches by random noise and drops the last; increasing "noise" and a mask
+            # ratio of 0 (`_configured`) leave all of them, in place.
+            n_patches = (x.shape[2] // self.patch) * (x.shape[3] // self.patch)
+            options["noise"] = torch.arange(n_patches, device=x.device).expand(len(x), -1)
+        return self.network(pixel_values=x, **options, **kwargs)
+
+    def arrange(
+        self, tap: ResolvedTap, x: Tensor, grid: tuple[int, int]
+    ) -> tuple[Tensor, tuple[str, ...]]:
+        n_prefix, side = self._prefix(x, grid)
+        if tap.part in ("cls", "prefix"):
+            if x.ndim != 3 or n_prefix < 1:
+                raise TapError(
+                    f"tap {tap.address}: {list(x.shape)} has no token before its patches"
+                )
+            return (x[:, 0], VECTOR) if tap.part == "cls" else (x[:, :n_prefix], TOKENS)
+        if tap.part == "patches" and n_prefix < 0:
+            raise TapError(f"tap {tap.address}: {list(x.shape)} has no patches of this image")
+        if x.ndim != 3 or n_prefix < 0:
+            return arrange(x, grid)
+        patches = x[:, n_prefix:].transpose(1, 2)
+        return patches.reshape(x.shape[0], x.shape[2], *side), MAP
+
+    def _prefix(self, x: Tensor, grid: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+        """Number of tokens before the patches (-1 if these are not patches), and the patch grid."""
+        if x.ndim != 3 or self.patch is None:
+            return -1, (0, 0)
+        side = (grid[0] // self.patch, grid[1] // self.patch)
+        n_prefix = x.shape[1] - side[0] * side[1]
+        return (n_prefix if 0 <= n_prefix <= MAX_PREFIX_TOKENS else -1), side
+
+
+def _load_network(folder: ModelFolder, device: torch.device) -> PreTrainedModel:
+    from transformers import AutoModel
+
+    dtype = TORCH_DTYPES[folder.spec.dtype]
+    with weights_errors(folder, folder.root):
+        config = _configured(folder)
+        if device.type == "meta":
+            with device:
+                network = AutoModel.from_config(config, dtype=dtype)
+        elif folder.spec.init == "random":
+            with seeded(folder.spec.init_seed):
+                network = AutoModel.from_config(config, dtype=dtype)
+        else:
+            network = _pretrained(folder, config, dtype)
+    if network.main_input_name != "pixel_values":
+        raise WeightsError(
+            f"model {folder.spec.model!r} is a {type(network).__name__}, which takes "
+            f"{network.main_input_name} and no images; want a vision model"
+        )
+    return network.eval() if device.type == "meta" else placed(network, device)
+
+
+def _configured(folder: ModelFolder) -> PretrainedConfig:
+    """The model's configuration; of a model with a vision tower (CLIP, SigLIP), the tower's."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder.root, local_files_only=True)
+    if "vision_config" in config.to_dict():
+        config = config.vision_config
+    if config.model_type == "vit_mae":
+        config.mask_ratio = 0.0
+    return config
+
+
+def _pretrained(
+    folder: ModelFolder, config: PretrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel:
+    """Weights from safetensors; missing ones are an error, where transformers would draw them."""
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    folder.check_weights()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the text tower's weights are unexpected, and rightly so
+    logging.disable_progress_bar()
+    try:
+        network, loading = AutoModel.from_pretrained(
+            folder.root,
+            config=config,
+            dtype=dtype,
+            variant=folder.spec.variant,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    missing = sorted(loading["missing_keys"])
+    if missing and all(name.startswith("pooler.") for name in missing):
+        network.pooler = None  # a head that many checkpoints lack; without it, it cannot be tapped
+    elif missing:
+        raise WeightsError(
+            f"model {folder.spec.model!r}: {folder.root} lacks {len(missing)} weights of "
+            f"{type(network).__name__}: {', '.join(missing[:5])}"
+        )
+    return network
