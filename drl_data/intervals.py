@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from scipy import stats
 
+
 def mean_and_half(values: Sequence[float]) -> tuple[float, float]:
     """Mean, and half the width of its 95 % interval by Student's t; 0 for a single value."""
     mean = statistics.fmean(values)
