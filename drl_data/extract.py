@@ -28,9 +28,11 @@ from drl_data.backbones import Backbone, ModelFolder, load_backbone
 from drl_data.errors import FeatureError, StoreMismatchError, TapError
 from drl_data.features import FeatureComputer
 from drl_data.images import ImageBatch, read_batches
+from drl_data.noise import noise_shape
 from drl_data.plan import InvalidRow, Unit
 from drl_data.receipts import Receipt, RunRecord, UnitCounts
 from drl_data.reduce import TORCH_DTYPES, to_storage
+from drl_data.schedule import resolve_times
 from drl_data.spec import (
     ArraySpec,
     BackboneSpec,
@@ -230,9 +232,20 @@ def resolve_features(
     """
     backbone = load_backbone(folder, "meta")
     taps = resolve(backbone.network, spec.taps)
-    times = backbone.schedule.resolve(spec.schedule)
+    times = resolve_times(backbone.schedule, spec.schedule, spec.noise)
+    _check_corruption(backbone, spec)
     arrays = backbone.arrays(taps, spec.images, condition, times[0], spec.dtype)
     return arrays, times
+
+
+def _check_corruption(backbone: Backbone, spec: FeatureSpec) -> None:
+    """Raise SpecError, before any worker starts, for noise or latents that cannot be had."""
+    noise_shape(spec.noise, backbone.input_shape(spec.images))
+    if spec.latents.scale == "per_channel":
+        shape = (1, spec.images.n_channels, *spec.images.size)
+        pixels = torch.empty(shape, dtype=backbone.dtype, device=backbone.device)
+        with torch.no_grad():
+            backbone.encode(pixels).latents(None, scale=spec.latents.scale)
 
 
 def use_exact_float32() -> None:
