@@ -29,9 +29,11 @@ from drl_data.errors import FeatureError, SpecError, StoreMismatchError, TapErro
 from drl_data.features import FeatureComputer
 from drl_data.flops import FeatureFlops
 from drl_data.images import ImageBatch, read_batches
+from drl_data.noise import noise_shape
 from drl_data.plan import InvalidRow, Unit
 from drl_data.receipts import Receipt, RunRecord, UnitCounts
 from drl_data.reduce import TORCH_DTYPES, to_storage
+from drl_data.schedule import NoSchedule, resolve_times
 from drl_data.spec import (
     ArraySpec,
     BackboneSpec,
@@ -231,12 +233,8 @@ def resolve_features(
     """
     backbone = load_backbone(model, "meta")
     taps = backbone.resolve(spec.taps)
-    times = backbone.schedule.resolve(spec.schedule)
-    if spec.schedule.convention == "none" and spec.noise.kind != "none":
-        raise SpecError(
-            f"noise.kind {spec.noise.kind}: this model knows no noise (schedule.convention none); "
-            "write `noise: {kind: none}`"
-        )
+    times = resolve_times(backbone.schedule, spec.schedule, spec.noise)
+    _check_corruption(backbone, spec)
     arrays = backbone.arrays(taps, spec.images, condition, times[0], spec.dtype)
     return arrays, times
 
@@ -245,6 +243,21 @@ def count_feature_flops(model: Model, spec: FeatureSpec, condition: ConditionSpe
     """FLOPs for one image and one forward of a spec, from the model's structure alone."""
     backbone = load_backbone(model, "meta")
     return backbone.flops(backbone.resolve(spec.taps), spec.images, condition)
+
+
+def _check_corruption(backbone: Backbone, spec: FeatureSpec) -> None:
+    """Raise SpecError, before any worker starts, for noise or latents that cannot be had."""
+    if isinstance(backbone.schedule, NoSchedule) and spec.noise.kind != "none":
+        raise SpecError(
+            f"noise.kind {spec.noise.kind}: this model knows no noise (schedule.convention none); "
+            "write `noise: {kind: none}`"
+        )
+    noise_shape(spec.noise, backbone.input_shape(spec.images))
+    if spec.latents.scale == "per_channel":
+        shape = (1, spec.images.n_channels, *spec.images.size)
+        pixels = torch.empty(shape, dtype=backbone.dtype, device=backbone.device)
+        with torch.no_grad():
+            backbone.encode(pixels).latents(None, scale=spec.latents.scale)
 
 
 def use_exact_float32() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 from drl_data.backbones import Backbone, Conditioning
 from drl_data.noise import batch_noise
 from drl_data.reduce import reduce
-from drl_data.schedule import corrupt
+from drl_data.schedule import NoiseSchedule, corrupt, ddim_step, inversion_times, mask_patches
 from drl_data.spec import FeatureSpec, NoiseSpec, ResolvedTime
 from drl_data.taps import ResolvedTap
 
@@ -54,6 +55,10 @@ class FeatureComputer:
         self._conditioning = conditioning
         self._times = tuple(times)
         self._spec = spec
+        inverts = spec.noise.kind == "inversion"
+        self._path = (
+            inversion_times(backbone.schedule, spec.schedule, spec.noise) if inverts else ()
+        )
 
     def replica(self) -> FeatureComputer:
         """Another computer on the same weights, for another thread: hooks are not shared."""
@@ -69,25 +74,76 @@ class FeatureComputer:
 
         `pixels` is uint8 [b, c, H, W], `keys` names its samples; the features are on the backbone's
         device in its dtype (float32 if averaged over members). The image is encoded once, whatever
-        the number of timesteps and members.
+        the number of timesteps and members. The timesteps come in the order of the spec, but of an
+        inversion in the order in which it meets them.
         """
-        spec = self._spec
         with clock.stage("encode"):
-            posterior = self.backbone.encode(self._scaled(pixels))
-            latents = [
-                posterior.latents(
-                    self._posterior_noise(keys, member, posterior.mean), scale=spec.latents.scale
-                )
-                for member in range(spec.noise.members)
-            ]
+            latents = self._latents(pixels, keys)
+        if self._path:
+            yield from self._inverted(latents[0], clock)
+        else:
+            yield from self._corrupted(latents, keys, clock)
+
+    def _corrupted(
+        self, latents: Sequence[Tensor], keys: Sequence[str], clock: StageClock
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Features of the latents of each member, with noise or a mask, at each timestep."""
+        spec = self._spec.noise
+        degrade = mask_patches if spec.kind == "patch_mask" else corrupt
+        with clock.stage("encode"):
             noise = self._noise(keys, latents, None)
         for t, when in enumerate(self._times):
             with clock.stage("denoise"):
-                if spec.noise.per_timestep:
-                    noise = self._noise(keys, latents, _as_key(when.requested))
-                noisy = [corrupt(x, eps, when) for x, eps in zip(latents, noise, strict=True)]
+                if not spec.moves:
+                    noise = self._noise(keys, latents, when.requested)
+                noisy = [
+                    x if eps is None else degrade(x, eps, when)
+                    for x, eps in zip(latents, noise, strict=True)
+                ]
                 features = self._features_at(noisy, when)
             yield t, features
+
+    def _inverted(
+        self, latents: Tensor, clock: StageClock
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Features along the DDIM inversion of the latents (Song et al. 2021, section 4.3).
+
+        One pass through the steps for all timesteps, the deepest of which is the last one and may
+        stop at the last tap. The latents stay in float32, whatever the backbone computes in.
+        """
+        wanted = {when.requested: t for t, when in enumerate(self._times)}
+        deepest = min(wanted)
+        schedule = self.backbone.schedule
+        assert isinstance(schedule, NoiseSchedule), "inversion_times demands it"
+        x = latents.float()
+        for here, there in pairwise(self._path):
+            t = wanted.get(here.requested)
+            taps = () if t is None else self._taps
+            with clock.stage("denoise"):
+                given = x.to(latents.dtype)
+                if here.requested == deepest:
+                    features = self._features_at([given], here)
+                else:
+                    output, features = self.backbone.denoise(
+                        given, here, self._conditioning, taps, _reduced
+                    )
+                    x = ddim_step(output.float(), x, here, there, schedule.prediction)
+            if t is not None:
+                yield t, features
+            if here.requested == deepest:
+                return
+
+    def _latents(self, pixels: npt.NDArray[np.uint8], keys: Sequence[str]) -> list[Tensor]:
+        """The latents of each member: a draw each, or one that all share."""
+        spec = self._spec.latents
+        n_members = self._spec.noise.members
+        draws = spec.posterior == "sample" and spec.per_member
+        posterior = self.backbone.encode(self._scaled(pixels))
+        latents = [
+            posterior.latents(self._posterior_noise(keys, member, posterior.mean), scale=spec.scale)
+            for member in range(n_members if draws else 1)
+        ]
+        return latents if draws else latents * n_members
 
     def _scaled(self, pixels: npt.NDArray[np.uint8]) -> Tensor:
         """uint8 0..255 mapped onto the range of the image spec, in the backbone's dtype."""
@@ -109,7 +165,7 @@ class FeatureComputer:
         return None if noise is None else noise.to(like)
 
     def _noise(
-        self, keys: Sequence[str], latents: Sequence[Tensor], timestep: int | str | None
+        self, keys: Sequence[str], latents: Sequence[Tensor], timestep: float | None
     ) -> list[Tensor | None]:
         """The diffusion's noise of each member, like its latents."""
         drawn = [
@@ -125,8 +181,7 @@ class FeatureComputer:
 
         def take(tap: ResolvedTap, x: Tensor, dims: tuple[str, ...]) -> Tensor:
             if len(noisy) == 1:
-                # A copy where nothing reduces: the model may go on to change x in place.
-                return reduce(x, dims, tap.reduce)[0] if tap.reduce else x.clone()
+                return _reduced(tap, x, dims)
             dims_of[tap.name] = dims
             sums[tap.name] = sums[tap.name] + x if tap.name in sums else x.float().clone()
             return x
@@ -142,6 +197,6 @@ class FeatureComputer:
         }
 
 
-def _as_key(requested: float) -> int | str:
-    """A timestep as a part of what seeds the noise: whole numbers as such, others in full."""
-    return int(requested) if requested == int(requested) else repr(requested)
+def _reduced(tap: ResolvedTap, x: Tensor, dims: tuple[str, ...]) -> Tensor:
+    """The reductions of a tap; a copy where there are none, as the model may change x in place."""
+    return reduce(x, dims, tap.reduce)[0] if tap.reduce else x.clone()

@@ -12,17 +12,42 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from drl_data.errors import SpecError
 from drl_data.spec import NoiseSpec
 
 
-def draw_normal(shape: Sequence[int], *parts: str | int) -> np.ndarray:
+def draw_normal(shape: Sequence[int], *parts: str | int | float) -> np.ndarray:
     """Standard normal numbers, float32 [*shape], a function of `parts` alone."""
+    return _generator(*parts).standard_normal(tuple(shape), dtype=np.float32)
+
+
+def draw_uniform(shape: Sequence[int], *parts: str | int | float) -> np.ndarray:
+    """Numbers from [0, 1), float32 [*shape], a function of `parts` alone."""
+    return _generator(*parts).random(tuple(shape), dtype=np.float32)
+
+
+def _generator(*parts: str | int | float) -> np.random.Generator:
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
-    return generator.standard_normal(tuple(shape), dtype=np.float32)
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+
+
+def noise_shape(spec: NoiseSpec, shape: Sequence[int]) -> tuple[int, ...]:
+    """Shape of the numbers that corrupt one sample [c, h, w]: its own, or one for each patch.
+
+    Raises:
+        SpecError: if patches do not tile the sample.
+    """
+    if spec.kind != "patch_mask":
+        return tuple(shape)
+    if any(side % spec.patch for side in shape[-2:]):
+        raise SpecError(
+            f"noise.patch {spec.patch}: squares of that side do not tile {shape[-2]}x{shape[-1]}"
+        )
+    return (1, shape[-2] // spec.patch, shape[-1] // spec.patch)
 
 
 def batch_noise(
@@ -31,21 +56,37 @@ def batch_noise(
     shape: Sequence[int],
     *,
     member: int = 0,
-    timestep: int | str | None = None,
+    timestep: float | None = None,
     role: str = "noise",
 ) -> Tensor | None:
-    """Noise for samples `keys`: float32 [len(keys), *shape] on the CPU, or None for `kind: none`.
+    """Noise for samples `keys`: float32 [len(keys), *noise_shape(spec, shape)] on the CPU.
 
-    `timestep` matters only with `per_timestep`. `role` keeps independent uses apart (the noise of
+    None for the kinds that draw nothing: `none` and `inversion`. `timestep` matters only where
+    one draw does not move along the schedule. `role` keeps independent uses apart (the noise of
     the diffusion, the draw from the VAE's posterior).
     """
-    if spec.kind == "none":
+    if spec.kind in ("none", "inversion"):
         return None
-    when = "all" if timestep is None or not spec.per_timestep else timestep
-    if spec.kind == "shared":
-        one = torch.from_numpy(draw_normal(shape, role, spec.seed, "shared", member, when))
-        return one.expand(len(keys), *shape)
+    when: str | int | float = "all"
+    if timestep is not None and not spec.moves:
+        when = int(timestep) if timestep == int(timestep) else timestep
+    shape = noise_shape(spec, shape)
+    if spec.kind in ("shared", "bank"):
+        return _shared(spec, shape, role, member, when).expand(len(keys), *shape)
+    draw = draw_normal if spec.kind == "per_sample" else draw_uniform
     out = np.empty((len(keys), *shape), dtype=np.float32)
     for i, key in enumerate(keys):
-        out[i] = draw_normal(shape, role, spec.seed, "key", key, member, when)
+        out[i] = draw(shape, role, spec.seed, "key", key, member, when)
     return torch.from_numpy(out)
+
+
+def _shared(
+    spec: NoiseSpec, shape: tuple[int, ...], role: str, member: int, when: str | int | float
+) -> Tensor:
+    """The one draw of all samples [c, h, w]; interpolated as ODISE does if it has a base size."""
+    side = spec.shared_base
+    native = shape if side is None else (*shape[:-2], side, side)
+    one = torch.from_numpy(draw_normal(native, role, spec.seed, spec.kind, member, when))
+    if native == shape:
+        return one
+    return F.interpolate(one[None], size=shape[-2:], mode="bicubic", align_corners=False)[0]

@@ -17,6 +17,9 @@ from drl_data.errors import SpecError
 from drl_data.schedule import require_convention
 from drl_data.spec import ResolvedTime, ScheduleSpec
 
+EDM_STEPS = 18
+"""Steps of the ladder if the spec does not say."""
+
 
 @dataclass(frozen=True)
 class Preconditioning:
@@ -66,11 +69,12 @@ class EDMSchedule:
         if spec.convention == "edm_sigma":
             sigmas = [float(t) for t in spec.timesteps]
         else:
-            ladder = sigma_ladder(spec.n_steps, self.sigma_min, self.sigma_max, self.rho)
-            bad = [t for t in spec.timesteps if t != int(t) or not 1 <= t <= spec.n_steps]
+            n_steps = spec.n_steps or EDM_STEPS
+            ladder = sigma_ladder(n_steps, self.sigma_min, self.sigma_max, self.rho)
+            bad = [t for t in spec.timesteps if t != int(t) or not 1 <= t <= n_steps]
             if bad:
                 raise SpecError(
-                    f"schedule.timesteps {bad}: want 1 (least noise) .. {spec.n_steps} (edm_index)"
+                    f"schedule.timesteps {bad}: want 1 (least noise) .. {n_steps} (edm_index)"
                 )
             sigmas = [ladder[int(t)] for t in spec.timesteps]
         if min(sigmas) <= 0:

@@ -150,11 +150,15 @@ class LatentSpec(Spec):
     """How an image becomes the VAE's latents; without effect on a backbone that takes pixels.
 
     `sample` draws from the posterior with per-sample noise, `mean` takes its mean (which is its
-    mode). `scale: false` leaves out the VAE's scaling factor (VPD does).
+    mode). `scale: true` is (z - shift) * factor with the VAE's own numbers, `false` leaves it out
+    (VPD does), `per_channel` is (z - mean_c) * factor / std_c with the statistics in the VAE's
+    configuration (Playground 2.5, Wan).
     """
 
     posterior: Literal["sample", "mean"] = "sample"
-    scale: bool = True
+    scale: bool | Literal["per_channel"] = True
+    per_member: bool = True
+    """A draw from the posterior for each member of the noise; `false`: one for all (SD4Match)."""
 
 
 class ConditionSpec(Spec):
@@ -170,18 +174,71 @@ class ConditionSpec(Spec):
     class_label: int | Literal["null"] = "null"
 
 
+def _as_number(value: object) -> object:
+    """50.0 means 50, so that they have one fingerprint."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Timestep = Annotated[int | float, BeforeValidator(_as_number)]
+Timesteps = Annotated[tuple[Timestep, ...], BeforeValidator(_as_tuple)]
+
+STEPPED = ("scheduler_position", "descending_index", "generation_label", "img2img_strength")
+"""Conventions that count the steps of a scheduler."""
+
+
 class ScheduleSpec(Spec):
     """Positions on the model's noise schedule and the convention that they are written in.
 
-    `ddpm_index`: 0 (clean) .. n-1, the index into the scheduler's alphas_cumprod, which is also
-    what the network is told (DIFT, ODISE, CleanDIFT ...). `edm_sigma`: the noise level itself, and
-    `edm_index`: a position on the ladder of `n_steps` levels, 1 (least noise) .. n_steps (Karras et
-    al. 2022; DDAE's EDM takes 4 of 18). `none`: encoders know no noise; `timesteps` is then [0].
+    Index into the schedule's alphas_cumprod, which is also what the network is told:
+
+    - `ddpm_index`: 0 (clean) .. n-1 (DIFT, ODISE, CleanDIFT ...);
+    - `ddpm_1based`: 1 .. n (DDAE);
+    - `learned`: the noise is that of `ddpm_index`, the network is told the scalar `timestep` that
+      its checkpoint carries (CleanDIFT);
+    - `sigma`: the noise level sqrt(1 - abar) / sqrt(abar), told as the fractional index;
+    - `none`: no noise and time 0 (encoders know no other); `timesteps` is then [0].
+
+    Noise levels of EDM networks (Karras et al. 2022):
+
+    - `edm_sigma`: the level itself;
+    - `edm_index`: a position on the ladder of `n_steps` levels (18 if not said), 1 (least noise) ..
+      `n_steps` (DDAE's EDM takes 4 of 18).
+
+    Position in the steps of a scheduler, by default the model's own:
+
+    - `scheduler_position`: index into the `n_steps` steps from noise to clean, negative from the
+      end (LDM_correspondences, Seg4Diff);
+    - `descending_index`: the same, with as many steps as the model was trained with (VidFM3D);
+    - `generation_label`: 0 (noise) .. n-1, where n-1 is the clean input, told -1 (Hyperfeatures,
+      SatDiFuser);
+    - `img2img_strength`: t/n as the strength of diffusers' image-to-image pipelines (GDF).
     """
 
-    convention: Literal["ddpm_index", "edm_sigma", "edm_index", "none"] = "ddpm_index"
-    timesteps: tuple[int | float, ...]
-    n_steps: Annotated[int, Field(ge=2)] = 18
+    convention: Literal[
+        "ddpm_index",
+        "ddpm_1based",
+        "learned",
+        "sigma",
+        "none",
+        "scheduler_position",
+        "descending_index",
+        "generation_label",
+        "img2img_strength",
+        "edm_sigma",
+        "edm_index",
+    ] = "ddpm_index"
+    timesteps: Timesteps
+    """Where the noise is at; the `timestep` axis of the store."""
+    condition_at: Literal["same"] | Timesteps = "same"
+    """Where the network is told that it is: one for each of `timesteps`, or one for all."""
+    n_steps: Annotated[int, Field(ge=1)] | None = None
+    """Steps of the scheduler."""
+    scheduler: str | None = None
+    """diffusers' name of the scheduler that counts the steps; default: the model's own."""
+    scheduler_config: dict[str, JsonValue] = {}
+    """What its configuration has different from the model's, for example `steps_offset: 0`."""
+    model_time: Literal["index", "fraction"] = "index"
+    """`fraction` tells the network t/n (DDAE: 11 of 1..1000 is 0.011)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -196,25 +253,79 @@ class ScheduleSpec(Spec):
             raise ValueError(f"timesteps {list(self.timesteps)}: want at least one, none twice")
         return self
 
+    @model_validator(mode="after")
+    def _told_fits(self) -> ScheduleSpec:
+        if self.condition_at != "same" and len(self.condition_at) not in (1, len(self.timesteps)):
+            raise ValueError(
+                f"condition_at has {len(self.condition_at)} entries; want one, or one for each of "
+                f"the {len(self.timesteps)} timesteps"
+            )
+        if self.convention == "none" and (self.timesteps != (0,) or self.condition_at != "same"):
+            raise ValueError("convention none has no time: want timesteps: 0 and no condition_at")
+        return self
+
+    @model_validator(mode="after")
+    def _steps_where_they_count(self) -> ScheduleSpec:
+        stepped = self.convention in STEPPED
+        if not stepped and (self.n_steps or self.scheduler or self.scheduler_config):
+            raise ValueError(
+                f"n_steps, scheduler and scheduler_config have no meaning with {self.convention}; "
+                f"they belong to {', '.join(STEPPED)}"
+            )
+        if self.n_steps is None and self.convention in ("scheduler_position", "generation_label"):
+            raise ValueError(f"convention {self.convention} needs n_steps, the scheduler's steps")
+        return self
+
 
 class NoiseSpec(Spec):
-    """The noise that corrupts the latents.
+    """What corrupts the latents, or the pixels where there are none.
 
-    `per_sample`: seeded by (seed, key, member), `shared`: one tensor for all samples (DDPM-Seg,
-    ODISE), `none`: clean latents, whatever time the network is told. `members` > 1 averages the
-    features of that many draws in float32 (DIFT uses 8). `per_timestep` draws anew for each
-    timestep instead of moving one draw along the schedule.
+    - `per_sample`: Gaussian noise seeded by (seed, key, member);
+    - `shared`: one tensor for all samples (DDPM-Seg, DiffCut), natively or interpolated from a
+      square of `shared_base` (ODISE, sd-dino);
+    - `bank`: one tensor for each timestep and member, the same for all samples and prompts
+      (Diffusion Classifier);
+    - `uniform`: numbers from [0, 1) where a Gaussian was meant (LDM_correspondences);
+    - `none`: clean latents, whatever time the network is told;
+    - `patch_mask`: squares of `patch` are zeroed in the share t/n of the image (MDM);
+    - `inversion`: no random numbers but the network's own path from the clean latents, by DDIM
+      (Song et al. 2021); needs the convention `generation_label`.
+
+    `members` > 1 averages the features of that many draws in float32 (DIFT uses 8).
+    `per_timestep` draws anew for each timestep instead of moving one draw along the schedule.
     """
 
-    kind: Literal["per_sample", "shared", "none"] = "per_sample"
+    kind: Literal["per_sample", "shared", "bank", "uniform", "none", "patch_mask", "inversion"] = (
+        "per_sample"
+    )
     seed: int = 0
     members: Annotated[int, Field(ge=1)] = 1
     per_timestep: bool = False
+    shared_base: Annotated[int, Field(ge=1)] | None = None
+    """Side of the shared noise before bicubic interpolation, which loses its unit variance."""
+    patch: Annotated[int, Field(ge=1)] = 8
+    """Side of a masked square."""
+    told: Literal["current", "next"] = "current"
+    """The time that each step of an inversion tells the network: of the latents that it is given
+    (Hyperfeatures, SatDiFuser), or of those that it makes (diffusers' DDIMInverseScheduler)."""
+
+    @property
+    def moves(self) -> bool:
+        """Whether one draw serves all timesteps."""
+        return not self.per_timestep and self.kind != "bank"
 
     @model_validator(mode="after")
     def _members_need_noise(self) -> NoiseSpec:
-        if self.kind == "none" and (self.members > 1 or self.per_timestep):
-            raise ValueError("members and per_timestep have no meaning with kind: none")
+        if self.kind in ("none", "inversion") and (self.members > 1 or self.per_timestep):
+            raise ValueError(f"members and per_timestep have no meaning with kind: {self.kind}")
+        return self
+
+    @model_validator(mode="after")
+    def _settings_fit_the_kind(self) -> NoiseSpec:
+        owner = {"shared_base": "shared", "patch": "patch_mask", "told": "inversion"}
+        for name, kind in owner.items():
+            if self.kind != kind and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} has no meaning with kind: {self.kind}, only with {kind}")
         return self
 
 
@@ -267,7 +378,8 @@ class NumericSpec(Spec):
 class ResolvedTime(Spec):
     """One timestep, resolved: what was asked for, what the network is told, and the corruption.
 
-    x_t = alpha * x_0 + sigma * noise.
+    x_t = alpha * x_0 + sigma * noise. Clean input has alpha 1 and sigma 0; with `patch_mask` they
+    are the shares of the image that stay and go.
     """
 
     requested: float

@@ -25,6 +25,7 @@ from drl_data.spec import (
     Pipeline,
     RunSpec,
     ScheduleSpec,
+    Spec,
     StoreSpec,
     TapSpec,
     canonical_json,
@@ -62,6 +63,15 @@ CHANGES: dict[str, dict[str, object]] = {
     "order of timesteps": {"schedule": ScheduleSpec(timesteps=(50, 0))},
     "seed": {"noise": NoiseSpec(seed=1)},
     "members": {"noise": NoiseSpec(members=2)},
+    "one posterior draw": {"latents": LatentSpec(per_member=False)},
+    "scale per channel": {"latents": LatentSpec(scale="per_channel")},
+    "convention": {"schedule": ScheduleSpec(convention="learned", timesteps=(0, 50))},
+    "told time": {"schedule": ScheduleSpec(timesteps=(0, 50), condition_at=25)},
+    "unit of time": {"schedule": ScheduleSpec(timesteps=(0, 50), model_time="fraction")},
+    "kind of noise": {"noise": NoiseSpec(kind="bank")},
+    "base of the noise": {"noise": NoiseSpec(kind="shared", shared_base=64)},
+    "patch": {"noise": NoiseSpec(kind="patch_mask", patch=4)},
+    "told in an inversion": {"noise": NoiseSpec(kind="inversion", told="next")},
     "tap": {"taps": (TapSpec(path="up_blocks.0", reduce=("mean",)),)},
     "reduction": {"taps": (TapSpec(path="mid_block"),)},
     "dtype": {"dtype": "float32"},
@@ -96,18 +106,24 @@ def test_format_is_content_although_it_has_a_default() -> None:
 
 def test_defaults_never_change() -> None:
     """They are not in a fingerprint: another default would give old stores another meaning."""
-    defaults = {
-        ImageSpec(size=1): {
+    defaults: list[tuple[Spec, dict[str, object]]] = [
+        (ImageSpec(size=1), {
             "resize": "shortest", "filter": "bicubic", "mode": "RGB",
             "background": (255, 255, 255), "range": (-1.0, 1.0), "max_pixels": 178_956_970,
-        },
-        LatentSpec(): {"posterior": "sample", "scale": True},
-        ConditionSpec(): {"prompt": "", "prompt_embeddings": None, "class_label": "null"},
-        ScheduleSpec(timesteps=(0,)): {"convention": "ddpm_index"},
-        NoiseSpec(): {"kind": "per_sample", "seed": 0, "members": 1, "per_timestep": False},
-        TapSpec(path="x"): {"name": None, "reduce": ()},
-    }  # fmt: skip
-    for spec, want in defaults.items():
+        }),
+        (LatentSpec(), {"posterior": "sample", "scale": True, "per_member": True}),
+        (ConditionSpec(), {"prompt": "", "prompt_embeddings": None, "class_label": "null"}),
+        (ScheduleSpec(timesteps=(0,)), {
+            "convention": "ddpm_index", "condition_at": "same", "n_steps": None,
+            "scheduler": None, "scheduler_config": {}, "model_time": "index",
+        }),
+        (NoiseSpec(), {
+            "kind": "per_sample", "seed": 0, "members": 1, "per_timestep": False,
+            "shared_base": None, "patch": 8, "told": "current",
+        }),
+        (TapSpec(path="x"), {"name": None, "reduce": ()}),
+    ]  # fmt: skip
+    for spec, want in defaults:
         assert {name: getattr(spec, name) for name in want} == want
 
 
@@ -180,6 +196,14 @@ def test_short_forms_mean_the_long_ones() -> None:
         ({"images": {}}, r"images\.size: missing"),
         ({"images": {"size": 8, "filter": "x"}}, r"images\.filter: Input should be 'nearest'"),
         ({"schedule": {"timesteps": [1, 1]}}, "want at least one, none twice"),
+        ({"schedule": {"timesteps": []}}, "want at least one, none twice"),
+        ({"schedule": {"timesteps": [1, 2, 3], "condition_at": [1, 2]}}, "2 entries; want one, or"),
+        ({"schedule": {"timesteps": [1], "convention": "none"}}, "want timesteps: 0"),
+        ({"schedule": {"timesteps": [1], "n_steps": 50}}, "no meaning with ddpm_index"),
+        ({"schedule": {"timesteps": [1], "scheduler": "X"}}, "no meaning with ddpm_index"),
+        ({"schedule": {"timesteps": [-8], "convention": "scheduler_position"}}, "needs n_steps"),
+        ({"noise": {"kind": "inversion", "members": 2}}, "have no meaning with kind: inversion"),
+        ({"noise": {"shared_base": 64}}, "shared_base has no meaning with kind: per_sample, only"),
         ({"noise": {"kind": "none", "members": 2}}, "have no meaning with kind: none"),
         ({"features": {"batch_size": 3, "rows_per_unit": 8}}, "not a multiple of batch_size 3"),
     ],
@@ -265,3 +289,9 @@ def test_recipes_are_valid_and_found() -> None:
         assert Pipeline.load(find_recipe(name)).name == name
     with pytest.raises(SpecError, match="no recipe 'digit'; nearest: digits"):
         find_recipe("digit")
+
+
+def test_whole_numbers_are_written_either_way() -> None:
+    whole = ScheduleSpec.model_validate({"timesteps": [50.0, 0.5], "convention": "sigma"})
+    assert [type(t) for t in whole.timesteps] == [int, float]
+    assert ScheduleSpec.model_validate({"timesteps": 50}) == ScheduleSpec(timesteps=(50,))

@@ -13,7 +13,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +39,32 @@ class Posterior:
     std: Tensor | None = None
     scaling_factor: float = 1.0
     shift_factor: float = 0.0
+    channel_mean: Tensor | None = None
+    """Statistics of the latents [c, 1, 1], where the VAE's configuration has them."""
+    channel_std: Tensor | None = None
 
-    def latents(self, noise: Tensor | None, *, scale: bool = True) -> Tensor:
-        """mean + std * noise, or the mean if `noise` is None; then (z - shift) * scaling factor."""
+    def latents(
+        self, noise: Tensor | None, *, scale: bool | Literal["per_channel"] = True
+    ) -> Tensor:
+        """z = mean + std * noise, or the mean if `noise` is None; then scaled.
+
+        `scale` is (z - shift) * factor, `per_channel` (z - channel mean) * factor / channel std as
+        in diffusers' pipelines of such VAEs.
+
+        Raises:
+            SpecError: for `per_channel` without statistics.
+        """
         z = self.mean if self.std is None or noise is None else self.mean + self.std * noise
-        return (
-            (z - self.shift_factor) * self.scaling_factor if scale and self.std is not None else z
-        )
+        if self.std is None or not scale:
+            return z
+        if scale != "per_channel":
+            return (z - self.shift_factor) * self.scaling_factor
+        if self.channel_mean is None or self.channel_std is None:
+            raise SpecError(
+                "latents.scale per_channel: the configuration of this VAE has no latents_mean and "
+                "latents_std; use scale: true"
+            )
+        return (z - self.channel_mean) * self.scaling_factor / self.channel_std
 
 
 @dataclass(frozen=True)
@@ -145,21 +164,50 @@ class Backbone(ABC):
 
         The forward ends at the last tap unless `stop_early` is false.
         """
+        return self._forward(x, time, conditioning, taps, transform, stop_early)[0]
+
+    def denoise(
+        self,
+        x: Tensor,
+        time: ResolvedTime,
+        conditioning: Conditioning,
+        taps: Sequence[ResolvedTap],
+        transform: Transform,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One whole forward of x: the network's output [b, c, h, w], and what `tap` returns.
+
+        Where the network also predicts a variance, in as many channels again, that is left out.
+        """
+        captured, output = self._forward(x, time, conditioning, taps, transform, False)
+        prediction = output[0] if isinstance(output, tuple) else output
+        assert isinstance(prediction, Tensor), "a denoiser puts out an image"
+        return prediction[:, : x.shape[1]], captured
+
+    def _forward(
+        self,
+        x: Tensor,
+        time: ResolvedTime,
+        conditioning: Conditioning,
+        taps: Sequence[ResolvedTap],
+        transform: Transform,
+        stop_early: bool,
+    ) -> tuple[dict[str, Tensor], object]:
+        """The taps, and what the network returned: nothing if it was cut."""
         model_time = torch.full((len(x),), time.model_time, device=x.device)
         if time.model_time == int(time.model_time):
             model_time = model_time.long()
         grid = (x.shape[-2], x.shape[-1])
+        output: object = None
 
         def arrange_and_transform(tap: ResolvedTap, tensor: Tensor) -> Tensor:
             return transform(tap, *self.arrange(tap, tensor, grid))
 
-        return capture(
-            self.network,
-            taps,
-            lambda: self.forward(x, model_time, conditioning.expand(len(x))),
-            arrange_and_transform,
-            stop_early=stop_early,
-        )
+        def run() -> None:
+            nonlocal output
+            output = self.forward(x, model_time, conditioning.expand(len(x)))
+
+        captured = capture(self.network, taps, run, arrange_and_transform, stop_early=stop_early)
+        return captured, output
 
     def arrays(
         self,

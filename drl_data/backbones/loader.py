@@ -11,9 +11,11 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from drl_data.backbones.backbone import Backbone
@@ -25,6 +27,7 @@ from drl_data.backbones.bundles import (
     is_config_only,
 )
 from drl_data.backbones.custom import PYTHON, CustomModel
+from drl_data.backbones.samplers import DiffusersSampler
 from drl_data.errors import SpecError, WeightsError
 from drl_data.reduce import TORCH_DTYPES
 from drl_data.schedule import NoiseSchedule, Schedule
@@ -36,6 +39,7 @@ NETWORK_FOLDERS = ("unet", "transformer")
 COMPONENTS = (*NETWORK_FOLDERS, "vae", "text_encoder", "tokenizer", "scheduler")
 ENCODER = "transformers"
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
+LEARNED_TIME = "timestep"
 _SIDE_FILES = (".json", ".safetensors", ".txt")
 _NOT_READ = ("training.json", "source.json")
 _TO_SAFETENSORS = (
@@ -326,7 +330,7 @@ def placed(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 def load_schedule(folder: ModelFolder) -> Schedule:
-    """The training schedule from scheduler/scheduler_config.json.
+    """The training schedule from scheduler/scheduler_config.json, and the scheduler itself.
 
     Raises:
         WeightsError: if the folder has none.
@@ -347,7 +351,32 @@ def load_schedule(folder: ModelFolder) -> Schedule:
             edm = EDMEulerScheduler.from_config(config).config
             return EDMSchedule(edm.sigma_min, edm.sigma_max, edm.sigma_data, edm.rho)
         scheduler = DDPMScheduler.from_pretrained(path, local_files_only=True)
-    return NoiseSchedule(scheduler.alphas_cumprod)
+    return NoiseSchedule(
+        scheduler.alphas_cumprod,
+        prediction=scheduler.config.prediction_type,
+        make_sampler=partial(DiffusersSampler.of, config),
+        read_learned_time=partial(learned_time, folder),
+    )
+
+
+def learned_time(folder: ModelFolder) -> float:
+    """The one number called `timestep` among the network's weights (CleanDIFT's parameter).
+
+    Raises:
+        WeightsError: if the weights hold no such number.
+    """
+    for file in sorted(folder.network.glob("*.safetensors")):
+        with weights_errors(folder, file), safe_open(file, framework="pt") as tensors:
+            names = tensors.keys()
+            if LEARNED_TIME in names:
+                value: torch.Tensor = tensors.get_tensor(LEARNED_TIME)
+                if value.numel() == 1:
+                    return float(value)
+    raise WeightsError(
+        f"model {folder.spec.model!r}: schedule.convention learned needs a tensor of one number "
+        f"called {LEARNED_TIME!r} in {folder.network}/*.safetensors; use ddpm_index with the "
+        "number that the checkpoint was trained with"
+    )
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,4 +64,13 @@ def encode_latents(vae: AutoencoderKL, pixels: Tensor, dtype: torch.dtype) -> Po
         distribution.std.to(dtype),
         scaling_factor=vae.config.scaling_factor,
         shift_factor=vae.config.shift_factor or 0.0,
+        channel_mean=_per_channel(vae.config.latents_mean, distribution.mean, dtype),
+        channel_std=_per_channel(vae.config.latents_std, distribution.mean, dtype),
     )
+
+
+def _per_channel(values: Sequence[float] | None, like: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """[c, 1, 1] on the device of `like`; None where the configuration has none."""
+    if values is None:
+        return None
+    return torch.tensor(values, dtype=dtype, device=like.device)[:, None, None]
