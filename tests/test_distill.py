@@ -260,7 +260,7 @@ def test_the_saved_student_is_the_one_that_was_trained(
 def test_result_survives_its_file(done: tuple[FeatureStore, DistillResult, Path]) -> None:
     _, result, folder = done
     assert DistillResult.load(folder / "results" / "distill.json") == result
-    with pytest.raises(InputError, match="run `drl distill` again"):
+    with pytest.raises(InputError, match="not a result of `drl distill`"):
         DistillResult.load(folder / "nothing.json")
     console = Console(file=io.StringIO(), width=120)
     console.print(format_table(result))

@@ -244,7 +244,7 @@ def test_streaming_learns_as_well_as_memory(
 def test_result_survives_its_file(toy: tuple[FeatureStore, ProbeResult, Path]) -> None:
     _, result, folder = toy
     assert ProbeResult.load(folder / "results" / "probe.json") == result
-    with pytest.raises(InputError, match="run `drl probe` again"):
+    with pytest.raises(InputError, match="not a result of `drl probe`"):
         ProbeResult.load(folder / "nothing.json")
 
 

@@ -279,7 +279,7 @@ def test_errors(full: tuple[FeatureStore, ProbeResult, Page, Path], tmp_path: Pa
     with pytest.raises(InputError, match="no image to put into the report"):
         write_report(pipeline, samples=tmp_path / "nothing.png")
     (tmp_path / "probe.json").write_text("{}")
-    with pytest.raises(InputError, match="run `drl probe` again"):
+    with pytest.raises(InputError, match="not a result of `drl probe`"):
         write_report(pipeline)
 
 

@@ -26,9 +26,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from drl_data.datasets import FeatureBatch, FeatureStream
-from drl_data.errors import InputError, SpecError
+from drl_data.errors import SpecError
 from drl_data.intervals import mean_and_half
 from drl_data.progress import SILENT, Progress
+from drl_data.results import TaskResult
 from drl_data.selection import Rows, Selection, select
 from drl_data.spec import DistillSpec, Pipeline, Spec
 from drl_data.splits import finished_store, require_two_splits
@@ -79,8 +80,10 @@ class FewLabels(Spec):
         return f"{numbers}; distilled {outcome} scratch by {gap} points over {n} seeds"
 
 
-class DistillResult(Spec):
+class DistillResult(TaskResult):
     """What `run_distill` found; JSON on disk, the student beside it."""
+
+    task = "distill"
 
     pipeline: str
     spec: DistillSpec
@@ -101,25 +104,6 @@ class DistillResult(Spec):
     """Folder that `AutoModel.from_pretrained` reads."""
     device: str
     seconds: float
-
-    def save(self, path: str | Path) -> None:
-        """Write as JSON; makes the folder."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(self.model_dump_json(indent=1), encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> DistillResult:
-        """Read what `save` wrote.
-
-        Raises:
-            InputError: if there is no such file, or it is not a distillation's result.
-        """
-        try:
-            return cls.model_validate_json(Path(path).read_bytes())
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{path}: not the result of a distillation ({error}); run `drl distill` again"
-            ) from error
 
 
 def format_table(result: DistillResult) -> Table:

@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from drl_data.errors import InputError, SpecError
+from drl_data.errors import SpecError
 from drl_data.intervals import t_interval, wilson_interval
 from drl_data.linear_probes import PIXELS_KEY, LinearProbes, PooledFeatures, ProbeSplit
 from drl_data.progress import SILENT, Progress
+from drl_data.results import TaskResult
 from drl_data.spec import Pipeline, ProbeSpec, Spec
 from drl_data.splits import finished_store
 from drl_data.store import FeatureStore
@@ -83,8 +84,10 @@ class ProbeSource(Spec):
         return wilson_interval(self.best.mean_test, self.n_test)
 
 
-class ProbeResult(Spec):
+class ProbeResult(TaskResult):
     """What `run_probe` found; JSON on disk."""
+
+    task = "probe"
 
     pipeline: str
     spec: ProbeSpec
@@ -96,25 +99,6 @@ class ProbeResult(Spec):
     sources: tuple[ProbeSource, ...]
     device: str
     seconds: float
-
-    def save(self, path: str | Path) -> None:
-        """Write as JSON; makes the folder."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(self.model_dump_json(indent=1), encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> ProbeResult:
-        """Read what `save` wrote.
-
-        Raises:
-            InputError: if there is no such file, or it is not a probe's result.
-        """
-        try:
-            return cls.model_validate_json(Path(path).read_bytes())
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{path}: not the result of a probe ({error}); run `drl probe` again"
-            ) from error
 
 
 def format_table(result: ProbeResult) -> Table:
