@@ -169,7 +169,8 @@ def taps(
     depth: Annotated[int, typer.Option(min=0, help="Dotted parts shown; 0 for all.")] = 4,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
 ) -> None:
-    """The modules that can be tapped, with shapes and the share of FLOPs done at their end."""
+    """The modules that can be tapped, with axes (channel, height, width, token), shapes, and the
+    share of the forward's FLOPs that is done at their end."""
     from drl_data.backbones.inventory import tappable_modules
     from drl_data.spec import BackboneSpec
 
@@ -180,7 +181,7 @@ def taps(
     for module in found.modules:
         if depth and module.path.count(".") >= depth:
             continue
-        axes, shape = ", ".join(module.dims), "x".join(map(str, module.shape))
+        axes, shape = " ".join(d[0] for d in module.dims), "x".join(map(str, module.shape))
         also = found.aliases.get(module.path, "")
         table.add_row(module.path, also, module.kind, axes, shape, f"{module.share:.0%}")
     out.print(table)
