@@ -152,6 +152,12 @@ def plan(file: PipelineFile, tars: OverrideTars = None, store: OverrideStore = N
         f"{spec.rows_per_unit} rows; fingerprint {spec.fingerprint()}",
         soft_wrap=True,
     )
+    if prepared.without_weights:
+        out.print(
+            "planned from the bundled configuration, without weights: theirs will be another "
+            f"fingerprint (the configuration: {prepared.without_weights})",
+            soft_wrap=True,
+        )
     flops = prepared.flops(pipeline.condition)
     n_forwards = len(prepared.times) * spec.noise.members
     out.print(

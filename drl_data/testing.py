@@ -151,6 +151,9 @@ def save_tiny_adm(folder: Path, *, seed: int = 0, **flags: object) -> Path:
     torch.manual_seed(seed)
     config = {**TINY_ADM, **flags}
     network = build(UNet2DModel, unet_config(config), "cpu", torch.float32)
+    for parameter in network.parameters():  # scales and shifts of norms would all be 1 and 0
+        if parameter.ndim == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
     folder.mkdir(parents=True)
     new_order = bool(config.get("use_new_attention_order"))
     save_file(to_original(network, new_order=new_order), folder / "model.safetensors")

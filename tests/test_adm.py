@@ -1,7 +1,7 @@
 """guided-diffusion's checkpoints in UNet2DModel, against an independent network.
 
-`UNet` below is written from Dhariwal and Nichol 2021 (section 3, appendix D) and Nichol and Dhariwal
-2021 with the parameter names of their checkpoints, without diffusers.
+`UNet` below is written from Dhariwal and Nichol 2021 and Nichol and Dhariwal 2021
+with the parameter names of their checkpoints, without diffusers.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def inputs() -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_block_equals_an_independent_network(variant: str, tmp_path: Path) -> None:
-    """To 2e-5: the same sums in another order (fused attention, a linear layer for a 1x1 kernel)."""
+    """To 2e-5: the same sums in another order, by fused attention and linear for 1x1 kernels."""
     flags = {**TINY_ADM, **VARIANTS[variant]}
     root = save_tiny_adm(tmp_path / "adm", **VARIANTS[variant])
     original = load_file(root / "model.safetensors")

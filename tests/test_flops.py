@@ -69,7 +69,7 @@ def test_every_listed_module_can_be_tapped_and_costs_what_is_listed(
     backbone = load_backbone(find_model(spec), "meta")
     images, condition = ImageSpec(size=16), ConditionSpec()
     assert len(found.modules) > 50
-    for module in found.modules[::7]:
+    for module in found.modules[5::40]:
         taps = backbone.resolve([TapSpec(path=module.path)])
         flops = backbone.flops(taps, images, condition)
         assert flops.whole == found.flops
