@@ -157,6 +157,12 @@ def plan(file: PipelineFile, tars: OverrideTars = None, store: OverrideStore = N
         f"{spec.rows_per_unit} rows; fingerprint {spec.fingerprint()}",
         soft_wrap=True,
     )
+    if prepared.without_weights:
+        out.print(
+            "planned from the bundled configuration, without weights: theirs will be another "
+            f"fingerprint (the configuration: {prepared.without_weights})",
+            soft_wrap=True,
+        )
     flops = prepared.flops(pipeline.condition)
     n_forwards = len(prepared.times) * spec.noise.members
     out.print(
@@ -174,7 +180,8 @@ def taps(
     depth: Annotated[int, typer.Option(min=0, help="Dotted parts shown; 0 for all.")] = 4,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
 ) -> None:
-    """The modules that can be tapped, with shapes and the share of FLOPs done at their end."""
+    """The modules that can be tapped, with axes (channel, height, width, token), shapes, and the
+    share of the forward's FLOPs that is done at their end."""
     from drl_data.backbones.inventory import tappable_modules
     from drl_data.spec import BackboneSpec
 
@@ -185,7 +192,7 @@ def taps(
     for module in found.modules:
         if depth and module.path.count(".") >= depth:
             continue
-        axes, shape = ", ".join(module.dims), "x".join(map(str, module.shape))
+        axes, shape = " ".join(d[0] for d in module.dims), "x".join(map(str, module.shape))
         also = found.aliases.get(module.path, "")
         table.add_row(module.path, also, module.kind, axes, shape, f"{module.share:.0%}")
     out.print(table)

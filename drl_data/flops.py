@@ -1,6 +1,7 @@
 """FLOPs of a forward pass, counted and not estimated: 2 for each multiply and add, by torch itself.
 
-On the meta device nothing is computed, so the largest models are counted in a second.
+On the meta device nothing is computed, so the largest models are counted in a second. Count there:
+torch has no formula for the CPU's fused attention and would leave it out.
 """
 
 from __future__ import annotations

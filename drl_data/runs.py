@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from drl_data.backbones import Model, find_model
+from drl_data.backbones import Model, ModelFolder, find_model
 from drl_data.errors import SpecError
 from drl_data.executors import Outcome, run_local, run_ray
 from drl_data.extract import condition_files, count_feature_flops, make_task, resolve_features
@@ -46,6 +46,11 @@ class Prepared:
     arrays: tuple[ArraySpec, ...]
     times: tuple[ResolvedTime, ...]
     model: Model
+
+    @property
+    def without_weights(self) -> str | None:
+        """Name of the bundled configuration that stands in for the weights, or None."""
+        return self.model.config_only if isinstance(self.model, ModelFolder) else None
 
     def flops(self, condition: ConditionSpec) -> FeatureFlops:
         """FLOPs for one image and one forward, counted on the meta device."""

@@ -94,12 +94,7 @@ def resolve(model: nn.Module, taps: Sequence[TapSpec]) -> tuple[ResolvedTap, ...
 
 def _resolve_one(spec: TapSpec, modules: Sequence[str]) -> list[ResolvedTap]:
     pattern, site, part = parse(spec.path)
-    matches = _matching(pattern, spec.path, modules)
-    if spec.name is not None and len(matches) > 1:
-        raise TapError(
-            f"tap {spec.path!r} has the name {spec.name!r} but matches {len(matches)} modules: "
-            f"{', '.join(matches)}; leave `name` out, or name one module"
-        )
+    matches = _matching(spec, pattern, modules)
     suffix = _suffix(site, part)
     return [
         ResolvedTap(spec.name or f"{module}{suffix}", module, site, part, spec.reduce)
@@ -125,24 +120,30 @@ def expand_aliases(
         if pattern.split(".")[0] not in roots:
             expanded.append(spec)
             continue
-        matches = _matching(pattern, spec.path, tuple(aliases))
+        matches = _matching(spec, pattern, tuple(aliases))
         suffix = _suffix(site, part)
         for alias in matches:
             module = aliases[alias][1 if site == "in" else 0]
             address = f"{module}@{site}" + ("" if part is None else f".{part}")
-            name = spec.name if spec.name and len(matches) == 1 else f"{alias}{suffix}"
+            name = spec.name or f"{alias}{suffix}"
             expanded.append(TapSpec(path=address, name=name, reduce=spec.reduce))
     return expanded
 
 
-def _matching(pattern: str, path: str, names: Sequence[str]) -> list[str]:
+def _matching(spec: TapSpec, pattern: str, names: Sequence[str]) -> list[str]:
+    """The names that a tap's pattern matches: at least one, and one only if the tap has a name."""
     expression = re.compile(_glob_to_regex(pattern))
     matches = [name for name in names if expression.fullmatch(name)]
     if not matches:
         near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.3) or list(names[:5])
         raise TapError(
-            f"tap {path!r} matches no module of this model; nearest: {', '.join(near)} "
+            f"tap {spec.path!r} matches no module of this model; nearest: {', '.join(near)} "
             "(`drl taps MODEL` lists them all)"
+        )
+    if spec.name is not None and len(matches) > 1:
+        raise TapError(
+            f"tap {spec.path!r} has the name {spec.name!r} but matches {len(matches)} modules: "
+            f"{', '.join(matches)}; leave `name` out, or name one module"
         )
     return matches
 

@@ -2,6 +2,7 @@
 tasks that fail on schedule.
 
     save_tiny_ddpm / _stable_diffusion / _dit    model folders that `from_pretrained` loads
+    save_tiny_edm / _adm / _encoder              others, in the layout that each family has
     write_photo_tars                             crops of the photographs that scikit-learn ships
     Schedule                                     per unit and attempt: run, fail, or die
 """
@@ -109,6 +110,85 @@ def save_tiny_dit(folder: Path, *, seed: int = 0) -> Path:
     network.save_pretrained(folder / "transformer")
     _tiny_vae().save_pretrained(folder / "vae")
     DDIMScheduler().save_pretrained(folder / "scheduler")
+    return folder
+
+
+def save_tiny_edm(folder: Path, *, seed: int = 0) -> Path:
+    """The tiny DDPM's folder with the scheduler of EDM (Karras et al. 2022) in its place."""
+    from diffusers import EDMEulerScheduler
+
+    save_tiny_ddpm(folder, seed=seed)
+    EDMEulerScheduler().save_pretrained(folder / "scheduler")
+    return folder
+
+
+TINY_ADM: Mapping[str, object] = {
+    "_class_name": "GuidedDiffusionUNet",
+    "image_size": 16,
+    "num_channels": 32,
+    "channel_mult": "1,2",
+    "num_res_blocks": 1,
+    "attention_resolutions": "8",
+    "num_head_channels": 16,
+    "resblock_updown": True,
+    "use_scale_shift_norm": True,
+    "learn_sigma": True,
+    "class_cond": False,
+    "noise_schedule": "linear",
+    "diffusion_steps": 1000,
+}
+"""Flags of guided-diffusion for a network like ADM-256, of some 400,000 weights."""
+
+
+def save_tiny_adm(folder: Path, *, seed: int = 0, **flags: object) -> Path:
+    """A folder of guided-diffusion's own layout, random weights under its own names."""
+    from diffusers import UNet2DModel
+    from safetensors.torch import save_file
+
+    from drl_data.backbones.adm import to_original, unet_config
+    from drl_data.backbones.loader import build
+
+    torch.manual_seed(seed)
+    config = {**TINY_ADM, **flags}
+    network = build(UNet2DModel, unet_config(config), "cpu", torch.float32)
+    for parameter in network.parameters():  # scales and shifts of norms would all be 1 and 0
+        if parameter.ndim == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    folder.mkdir(parents=True)
+    new_order = bool(config.get("use_new_attention_order"))
+    save_file(to_original(network, new_order=new_order), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+TINY_ENCODERS: Mapping[str, Mapping[str, object]] = {
+    "dinov2": {},
+    "dinov2_with_registers": {"num_register_tokens": 2},
+    "clip_vision_model": {"intermediate_size": 64},
+    "siglip_vision_model": {"intermediate_size": 64},
+    "vit": {"intermediate_size": 64},
+    "vit_mae": {"intermediate_size": 64},
+    "convnext": {"num_stages": 2, "hidden_sizes": [16, 32], "depths": [1, 1], "patch_size": 2},
+    "resnet": {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]},
+}
+"""Architectures of `transformers` that `save_tiny_encoder` makes, with what is special to each."""
+
+
+def save_tiny_encoder(folder: Path, model_type: str = "dinov2", *, seed: int = 0) -> Path:
+    """The folder of a vision model of `transformers` for images of 16 px, in patches of 4."""
+    from transformers import AutoConfig, AutoModel
+
+    torch.manual_seed(seed)
+    size: dict[str, object] = {"image_size": 16, "patch_size": 4}
+    trunk = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if model_type in ("convnext", "resnet"):
+        size, trunk = {}, {}
+    config = AutoConfig.for_model(model_type, **{**size, **trunk, **TINY_ENCODERS[model_type]})
+    network = AutoModel.from_config(config)
+    for name, parameter in network.named_parameters():
+        if parameter.ndim == 1 and "norm" not in name:  # biases, which begin as zeros
+            torch.nn.init.normal_(parameter, std=0.1)
+    network.save_pretrained(folder)
     return folder
 
 

@@ -14,7 +14,7 @@ and an independent implementation in the tests agrees. Taps may use the names of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -171,6 +171,48 @@ def to_diffusers(
             f"{', '.join(unknown[:5])}; are the flags those of the checkpoint?"
         )
     return converted
+
+
+def to_original(network: UNet2DModel, *, new_order: bool) -> dict[str, Tensor]:
+    """The inverse of `to_diffusers`: a UNet2DModel's weights under guided-diffusion's names."""
+    head_width = int(network.config.attention_head_dim)
+    ours = network.state_dict()
+    original: dict[str, Tensor] = {}
+
+    def take(theirs: str, module: str, *, kernel: int = 0) -> None:
+        for kind in ("weight", "bias"):
+            if f"{module}.{kind}" in ours:
+                tensor = ours[f"{module}.{kind}"]
+                original[f"{theirs}.{kind}"] = (
+                    tensor[..., None] if kernel and kind == "weight" else tensor
+                )
+
+    for theirs, module in OUTER_PARTS.items():
+        take(theirs, module)
+    for block in adm_blocks(network):
+        for j, module in enumerate(block.modules):
+            name = f"{block.name}.{j}"
+            if f"{module}.to_q.weight" in ours:
+                take(f"{name}.norm", f"{module}.group_norm")
+                take(f"{name}.proj_out", f"{module}.to_out.0", kernel=1)
+                for kind in ("weight", "bias"):
+                    parts = [ours[f"{module}.to_{letter}.{kind}"] for letter in "qkv"]
+                    rows = _join_qkv(parts, head_width, new_order)
+                    original[f"{name}.qkv.{kind}"] = rows[..., None] if kind == "weight" else rows
+            elif f"{module}.conv1.weight" in ours:
+                for theirs, part in RESNET_PARTS.items():
+                    take(f"{name}.{theirs}", f"{module}.{part}")
+            else:
+                take(name, module)
+                take(f"{name}.{'op' if 'down' in module else 'conv'}", f"{module}.conv")
+    return {name: tensor.contiguous() for name, tensor in original.items()}
+
+
+def _join_qkv(parts: Sequence[Tensor], head_width: int, new_order: bool) -> Tensor:
+    if new_order:
+        return torch.cat(list(parts))
+    heads = [part.reshape(-1, head_width, *part.shape[1:]) for part in parts]
+    return torch.stack(heads, 1).flatten(0, 2)
 
 
 def _split_qkv(qkv: Tensor, head_width: int, new_order: bool) -> tuple[Tensor, ...]:

@@ -128,6 +128,11 @@ class ModelFolder:
         blocks = [] if vae is None else self.config(vae).get("block_out_channels")
         return size * 2 ** (len(blocks) - 1) if isinstance(blocks, list) and blocks else size
 
+    @property
+    def config_only(self) -> str | None:
+        """`bundled:NAME` if these are a bundle's configurations without weights, else None."""
+        return f"{BUNDLED}{self.root.name}" if is_config_only(self.root) else None
+
     def check_weights(self) -> None:
         """Refuse pretrained weights of a configuration that comes without.
 
