@@ -87,14 +87,9 @@ class NoSchedule:
         """One pseudo-timestep, 0.
 
         Raises:
-            SpecError: if any other is asked for.
+            SpecError: for a convention that knows time.
         """
         require_convention(spec, "no noise schedule", "none")
-        if spec.timesteps != (0,):
-            raise SpecError(
-                f"schedule.timesteps {list(spec.timesteps)}: without noise there is one, 0; leave "
-                "`timesteps` out"
-            )
         return (ResolvedTime(requested=0, convention="none", model_time=0, alpha=1.0, sigma=0.0),)
 
 

@@ -135,6 +135,6 @@ def test_the_scheduler_s_configuration_is_read(tmp_path: Path) -> None:
 
 def test_noise_levels_between_whole_numbers_draw_their_own_noise() -> None:
     spec = NoiseSpec(per_timestep=True)
-    draws = [batch_noise(spec, ["a"], (4,), timestep=t) for t in ("0.05", "0.1", 0)]
+    draws = [batch_noise(spec, ["a"], (4,), timestep=t) for t in (0.05, 0.1, 0)]
     assert all(draw is not None for draw in draws)
     assert len({tuple(draw.flatten().tolist()) for draw in draws if draw is not None}) == 3
