@@ -186,6 +186,31 @@ def test_posterior_is_drawn_for_each_member_or_once(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", ["bank", "per_sample", "uniform"])
+def test_every_timestep_has_its_own_draw(
+    photos: Path, ddpm: Path, tmp_path: Path, kind: str
+) -> None:
+    noise = {"kind": kind, "per_timestep": kind != "bank"}
+    store = extract(pipeline(photos, ddpm, tmp_path / "s", noise=noise)).store
+    unet = UNet2DModel.from_pretrained(ddpm / "unet").eval()
+    scheduler = DDPMScheduler.from_pretrained(ddpm / "scheduler")
+    kept = tapped(unet)
+    draw = draw_uniform if kind == "uniform" else draw_normal
+    want: list[list[Tensor]] = [[], []]
+    for keys, pixels in batches(photos):
+        for t, when in enumerate((0, 300)):
+            owners = [("bank",)] * BATCH if kind == "bank" else [("key", key) for key in keys]
+            eps = [draw((3, 16, 16), "noise", 0, *owner, 0, when) for owner in owners]
+            noisy = scheduler.add_noise(
+                pixels, torch.from_numpy(np.stack(eps)), torch.tensor([when])
+            )
+            unet(noisy, torch.full((BATCH,), when))
+            want[t].append(kept.pop())
+    reference = np.stack([torch.cat(parts).numpy() for parts in want])
+    np.testing.assert_array_equal(features_of(store), reference)
+
+
+@torch.no_grad()
 def test_masked_patches_and_no_noise(photos: Path, ddpm: Path, tmp_path: Path) -> None:
     """MDM: of 16 patches the int(16 (1 - t/1000)) with the smallest numbers stay."""
     noise = {"kind": "patch_mask", "patch": 4}

@@ -14,6 +14,7 @@ from diffusers import (
     DDPMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
@@ -67,6 +68,7 @@ SDXL = {
     "_class_name": "EulerDiscreteScheduler", **STABLE_DIFFUSION, "timestep_spacing": "leading",
     "steps_offset": 1,
 }  # fmt: skip
+HEUN = {**SDXL, "_class_name": "HeunDiscreteScheduler"}  # two network calls a step
 SD3 = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
 WAN = {
     "_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction",
@@ -253,6 +255,15 @@ def test_the_clean_label_has_no_noise_and_the_others_have_their_own() -> None:
     assert (times[45].alpha, times[45].sigma) == (same.alpha, same.sigma)
 
 
+def test_a_scheduler_that_remembers_its_step_is_asked_anew_for_each() -> None:
+    times = resolved(SDXL, "generation_label", [48, 20, 3], n_steps=50)
+    for t, time in times.items():
+        same = resolved(DDIM, "ddpm_index", [time.model_time])[time.model_time]
+        assert time.model_time == 1 + 20 * (48 - t)
+        assert time.alpha == pytest.approx(same.alpha, abs=1e-5)
+        assert time.sigma == pytest.approx(same.sigma, abs=1e-5)
+
+
 def test_strength_of_image_to_image() -> None:
     """GDF: 50 is 51 with PNDM, whose list has one time twice and an offset; 50 with Euler."""
     assert told(SD15, "img2img_strength", [50]) == [51]
@@ -262,7 +273,8 @@ def test_strength_of_image_to_image() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "config"), [(PNDMScheduler, SD15), (EulerDiscreteScheduler, SDXL)]
+    ("scheduler", "config"),
+    [(PNDMScheduler, SD15), (EulerDiscreteScheduler, SDXL), (HeunDiscreteScheduler, HEUN)],
 )
 def test_strength_is_the_pipelines_own_at_every_timestep(
     scheduler: type[PNDMScheduler], config: dict[str, object]
