@@ -84,7 +84,7 @@ class FeatureComputer:
         for t, when in enumerate(self._times):
             with clock.stage("denoise"):
                 if spec.noise.per_timestep:
-                    noise = self._noise(keys, latents, int(when.requested))
+                    noise = self._noise(keys, latents, _name_of(when))
                 noisy = [corrupt(x, eps, when) for x, eps in zip(latents, noise, strict=True)]
                 features = self._features_at(noisy, when)
             yield t, features
@@ -104,7 +104,7 @@ class FeatureComputer:
         return None if noise is None else noise.to(like)
 
     def _noise(
-        self, keys: Sequence[str], latents: Sequence[Tensor], timestep: int | None
+        self, keys: Sequence[str], latents: Sequence[Tensor], timestep: int | str | None
     ) -> list[Tensor | None]:
         """The diffusion's noise of each member, like its latents."""
         drawn = [
@@ -135,3 +135,8 @@ class FeatureComputer:
             tap.name: reduce(sums[tap.name] / len(noisy), dims_of[tap.name], tap.reduce)[0]
             for tap in self._taps
         }
+
+
+def _name_of(when: ResolvedTime) -> int | str:
+    """A timestep as the seed of its noise: whole numbers as such, others in full."""
+    return int(when.requested) if when.requested.is_integer() else repr(when.requested)

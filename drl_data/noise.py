@@ -31,7 +31,7 @@ def batch_noise(
     shape: Sequence[int],
     *,
     member: int = 0,
-    timestep: int | None = None,
+    timestep: int | str | None = None,
     role: str = "noise",
 ) -> Tensor | None:
     """Noise for samples `keys`: float32 [len(keys), *shape] on the CPU, or None for `kind: none`.

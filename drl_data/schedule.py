@@ -27,13 +27,16 @@ class NoiseSchedule:
             SpecError: if a timestep lies outside the schedule.
         """
         n = len(self.alphas_cumprod)
-        bad = [t for t in spec.timesteps if not 0 <= t < n]
+        if spec.convention == "flow":
+            raise SpecError("schedule.convention flow: this model diffuses; want ddpm_index")
+        whole = [t for t in spec.timesteps if isinstance(t, int)]
+        bad = [t for t in spec.timesteps if not (isinstance(t, int) and 0 <= t < n)]
         if bad:
             raise SpecError(
                 f"schedule.timesteps {bad}: this model has {n} timesteps; want 0..{n - 1} "
                 f"({spec.convention})"
             )
-        return tuple(self._ddpm_index(t) for t in spec.timesteps)
+        return tuple(self._ddpm_index(t) for t in whole)
 
     def _ddpm_index(self, t: int) -> ResolvedTime:
         # The square roots are taken in float32, as diffusers' `add_noise` does, to be bit-equal.

@@ -16,12 +16,13 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -57,6 +58,9 @@ def _as_splits(value: object) -> object:
 
 
 StrTuple = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+
+Timestep = Annotated[int | float, AfterValidator(lambda t: int(t) if t == int(t) else t)]
+"""A position on a noise schedule; 50.0 is 50, so that equal values have one fingerprint."""
 
 
 # --- content ------------------------------------------------------------------------------------
@@ -109,6 +113,16 @@ class ImageSpec(Spec):
         return 3 if self.mode == "RGB" else 1
 
 
+class LoraSpec(Spec):
+    """A LoRA file (Hu et al. 2021) and the weight that it gets; a plain path has weight 1."""
+
+    path: str
+    scale: float = 1.0
+
+
+Lora = Annotated[LoraSpec, BeforeValidator(lambda v: {"path": v} if isinstance(v, str) else v)]
+
+
 class BackboneSpec(Spec):
     """The frozen model: a hub id with a pinned revision, a local folder, or `bundled:NAME`.
 
@@ -125,6 +139,16 @@ class BackboneSpec(Spec):
     init_seed: int = 0
     dtype: DType = "float32"
     """Precision of the forward pass."""
+    weights: str | None = None
+    """A safetensors file that replaces every weight of the denoiser (CleanDIFT)."""
+    lora: Annotated[tuple[Lora, ...], BeforeValidator(_as_tuple)] = ()
+    """Low-rank updates fused into the denoiser's weights, in this order."""
+
+    @model_validator(mode="after")
+    def _replace_pretrained(self) -> BackboneSpec:
+        if self.init == "random" and (self.weights or self.lora):
+            raise ValueError("weights and lora have no meaning with init: random")
+        return self
 
 
 class LatentSpec(Spec):
@@ -141,30 +165,70 @@ class LatentSpec(Spec):
 class ConditionSpec(Spec):
     """What the denoiser is told about the image besides the time.
 
-    Text backbones take `prompt`, or `prompt_embeddings`: a safetensors file with one tensor
-    [token, channel] called `prompt_embeds`, so that no text encoder is needed. Class-conditional
-    ones take `class_label`; `null` is the model's unconditional class.
+    Text backbones take one of: `prompt`, the same for all; `template`, for example `a photo of a
+    {label}`, over the name of the sample's label; `caption: true`, the sample's own caption;
+    `prompt_embeddings`, a safetensors file with what the text encoders would give, so that none is
+    needed: `prompt_embeds` [token, channel] and, where the family has them, `pooled_prompt_embeds`
+    [channel] and `prompt_attention_mask` [token].
+
+    Class-conditional ones take `class_label`: a number, `label` for the sample's own, or `null`
+    for the model's unconditional class.
+
+    A sample without the label or the caption that this needs is an invalid row: features told
+    something else would look like the others and not be.
     """
 
     prompt: str = ""
+    template: str | None = None
+    caption: bool = False
     prompt_embeddings: str | None = None
-    class_label: int | Literal["null"] = "null"
+    class_label: int | Literal["null", "label"] = "null"
+    guidance: float = 3.5
+    """Guidance scale that guidance-distilled models are told (Flux-dev); others ignore it."""
+
+    @model_validator(mode="after")
+    def _one_text(self) -> ConditionSpec:
+        given = {
+            "prompt": self.prompt, "template": self.template, "caption": self.caption,
+            "prompt_embeddings": self.prompt_embeddings,
+        }  # fmt: skip
+        names = [name for name, value in given.items() if value]
+        if len(names) > 1:
+            raise ValueError(f"{' and '.join(names)}: want one of them")
+        if self.template is not None and "{label}" not in self.template:
+            raise ValueError(f"template {self.template!r} has no {{label}}; write it as prompt")
+        return self
+
+    @property
+    def needs_label(self) -> bool:
+        """Whether it differs between samples by their labels."""
+        return self.template is not None or self.class_label == "label"
+
+    @property
+    def per_sample(self) -> bool:
+        """Whether it differs between samples."""
+        return self.needs_label or self.caption
 
 
 class ScheduleSpec(Spec):
     """Positions on the model's noise schedule and the convention that they are written in.
 
     `ddpm_index`: 0 (clean) .. n-1, the index into the scheduler's alphas_cumprod, which is also
-    what the network is told (DIFT, ODISE, CleanDIFT ...).
+    what the network is told (DIFT, ODISE, CleanDIFT ...). `flow`: 0 (clean) .. 1 (noise) of a flow
+    model, x_t = (1 - t) x_0 + t eps (DiTF, SD3, REPA); with `shift` s, t is first moved to
+    s t / (1 + (s - 1) t), as the schedulers of SD3 and Wan do.
     """
 
-    convention: Literal["ddpm_index"] = "ddpm_index"
-    timesteps: tuple[int, ...]
+    convention: Literal["ddpm_index", "flow"] = "ddpm_index"
+    timesteps: tuple[Timestep, ...]
+    shift: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _distinct(self) -> ScheduleSpec:
         if not self.timesteps or len(set(self.timesteps)) != len(self.timesteps):
             raise ValueError(f"timesteps {list(self.timesteps)}: want at least one, none twice")
+        if self.shift is not None and self.convention != "flow":
+            raise ValueError("shift has a meaning with convention: flow only")
         return self
 
 
@@ -413,7 +477,7 @@ class DistillSpec(Spec):
     """
 
     tap: str
-    timestep: int
+    timestep: Timestep
     train: str = "train"
     test: str = "test"
     student: StudentSpec = StudentSpec()
@@ -517,10 +581,8 @@ class Pipeline(Spec):
                 }
             ),
         }
-        if self.backbone and _is_relative_folder(self.backbone.model):
-            changes["backbone"] = self.backbone.model_copy(
-                update={"model": join(self.backbone.model)}
-            )
+        if self.backbone:
+            changes["backbone"] = _with_paths(self.backbone, join)
         if self.condition.prompt_embeddings:
             changes["condition"] = self.condition.model_copy(
                 update={"prompt_embeddings": join(self.condition.prompt_embeddings)}
@@ -541,6 +603,18 @@ class Pipeline(Spec):
 def is_absolute(url: str) -> bool:
     """True for an absolute path or a URL with a scheme."""
     return url.startswith("/") or re.match(r"^[A-Za-z][A-Za-z0-9+.-]*:", url) is not None
+
+
+def _with_paths(backbone: BackboneSpec, join: Callable[[str], str]) -> BackboneSpec:
+    """The same backbone with `join` applied to its local paths."""
+    update: dict[str, object] = {
+        "lora": tuple(lora.model_copy(update={"path": join(lora.path)}) for lora in backbone.lora)
+    }
+    if _is_relative_folder(backbone.model):
+        update["model"] = join(backbone.model)
+    if backbone.weights is not None:
+        update["weights"] = join(backbone.weights)
+    return backbone.model_copy(update=update)
 
 
 def _is_relative_folder(model: str) -> bool:

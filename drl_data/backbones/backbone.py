@@ -13,23 +13,33 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from drl_data.errors import SpecError
 from drl_data.reduce import MAP, TOKENS, VECTOR, reduce
-from drl_data.schedule import NoiseSchedule
-from drl_data.spec import ArraySpec, ConditionSpec, DType, ImageSpec, ResolvedTime
+from drl_data.spec import ArraySpec, ConditionSpec, DType, ImageSpec, ResolvedTime, ScheduleSpec
 from drl_data.taps import ResolvedTap, capture
+
+if TYPE_CHECKING:
+    from drl_data.backbones.text import TextEncoders
 
 Transform = Callable[[ResolvedTap, Tensor, tuple[str, ...]], Tensor]
 
 
+class Schedule(Protocol):
+    """Turns requested timesteps into what the network is told and how much noise is added."""
+
+    def resolve(self, spec: ScheduleSpec) -> tuple[ResolvedTime, ...]:
+        """Every requested timestep, in order."""
+
+
 @dataclass(frozen=True)
 class Posterior:
-    """The VAE's Gaussian over latents [b, c, h, w]; without a VAE (`std` None) the pixels."""
+    """The VAE's Gaussian over latents [b, c, h, w]; `std` is None for a deterministic encoder, and
+    without a VAE, where the latents are the pixels."""
 
     mean: Tensor
     std: Tensor | None = None
@@ -39,26 +49,44 @@ class Posterior:
     def latents(self, noise: Tensor | None, *, scale: bool = True) -> Tensor:
         """mean + std * noise, or the mean if `noise` is None; then (z - shift) * scaling factor."""
         z = self.mean if self.std is None or noise is None else self.mean + self.std * noise
-        return (
-            (z - self.shift_factor) * self.scaling_factor if scale and self.std is not None else z
-        )
+        if not scale or (self.shift_factor, self.scaling_factor) == (0.0, 1.0):
+            return z
+        return (z - self.shift_factor) * self.scaling_factor
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Keyword arguments of the network's forward for one sample, each tensor [1, ...]."""
+    """Keyword arguments of the network's forward: tensors [b, ...], a row for each sample of a
+    batch, or [1, ...], the same for all."""
 
     kwargs: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @classmethod
+    def stack(cls, rows: Sequence[Conditioning]) -> Conditioning:
+        """The conditioning of a batch from that of each of its samples."""
+        return cls({k: torch.cat([row.kwargs[k] for row in rows]) for k in rows[0].kwargs})
+
+    def to(self, device: torch.device) -> Conditioning:
+        """The same on another device."""
+        return Conditioning({k: v.to(device, non_blocking=True) for k, v in self.kwargs.items()})
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(v.nbytes for v in self.kwargs.values())
+
     def expand(self, n: int) -> dict[str, Tensor]:
-        """The same conditioning for `n` samples, without a copy."""
+        """Arguments for `n` samples; one conditioning for all is not copied."""
         return {k: v.expand(n, *v.shape[1:]) for k, v in self.kwargs.items()}
 
 
 class Backbone(ABC):
     """A frozen network with a noise schedule; weights on `device`, or structure only on meta."""
 
-    def __init__(self, network: nn.Module, schedule: NoiseSchedule, device: torch.device) -> None:
+    text: TextEncoders | None = None
+    """The text encoders that `conditioning` loads, where the model takes text."""
+
+    def __init__(self, network: nn.Module, schedule: Schedule, device: torch.device) -> None:
         self.network = network.eval().requires_grad_(False)
         self.schedule = schedule
         self.device = device
@@ -78,7 +106,9 @@ class Backbone(ABC):
 
     @abstractmethod
     def conditioning(self, spec: ConditionSpec) -> Conditioning:
-        """What the network is told besides the time; computed once a run.
+        """What the network is told besides the time, for one sample: [1, ...].
+
+        `spec` is the same for all samples, or has been resolved for one (conditions.py).
 
         Raises:
             SpecError: if the model cannot be conditioned so.
@@ -87,6 +117,19 @@ class Backbone(ABC):
     @abstractmethod
     def forward(self, x: Tensor, model_time: Tensor, kwargs: Mapping[str, Tensor]) -> object:
         """One whole denoiser forward of x [b, c, h, w] at model_time [b]."""
+
+    def image_part(self, tap: ResolvedTap, value: object) -> object:
+        """What a tap without a part means where a module gives several streams: the image's."""
+        return value
+
+    def arrange(
+        self, tap: ResolvedTap, x: Tensor, size: tuple[int, int], kwargs: Mapping[str, Tensor]
+    ) -> tuple[Tensor, tuple[str, ...]]:
+        """A tap's tensor with the names of its axes after the batch.
+
+        `size` is the height and width of the denoiser's input, `kwargs` what it is told.
+        """
+        return arrange(x, size)
 
     def replica(self) -> Self:
         """The same weights behind other modules, so that hooks of two threads do not meet."""
@@ -112,16 +155,18 @@ class Backbone(ABC):
         model_time = torch.full((len(x),), time.model_time, device=x.device)
         if time.model_time == int(time.model_time):
             model_time = model_time.long()
-        grid = (x.shape[-2], x.shape[-1])
+        size = (x.shape[-2], x.shape[-1])
+        kwargs = conditioning.expand(len(x))
 
         def arrange_and_transform(tap: ResolvedTap, tensor: Tensor) -> Tensor:
-            return transform(tap, *arrange(tensor, grid))
+            return transform(tap, *self.arrange(tap, tensor, size, kwargs))
 
         return capture(
             self.network,
             taps,
-            lambda: self.forward(x, model_time, conditioning.expand(len(x))),
+            lambda: self.forward(x, model_time, kwargs),
             arrange_and_transform,
+            select=self.image_part,
             stop_early=stop_early,
         )
 
@@ -190,5 +235,5 @@ def check_images(images: ImageSpec, n_channels: int, multiple: int) -> None:
 
 def refuse_text(spec: ConditionSpec, family: str) -> None:
     """Raise SpecError if a model without text input is given a prompt."""
-    if spec.prompt or spec.prompt_embeddings:
+    if spec.prompt or spec.prompt_embeddings or spec.template or spec.caption:
         raise SpecError(f"condition.prompt: {family} takes no text; leave it out")

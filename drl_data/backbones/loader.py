@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from drl_data.backbones.backbone import Backbone
+from drl_data.backbones.overrides import fuse_lora, replace_weights
 from drl_data.errors import SpecError, WeightsError
 from drl_data.reduce import TORCH_DTYPES
 from drl_data.schedule import NoiseSchedule
@@ -25,8 +26,18 @@ from drl_data.spec import BackboneSpec, canonical_json, file_digest
 
 BUNDLED = "bundled:"
 NETWORK_FOLDERS = ("unet", "transformer")
-COMPONENTS = (*NETWORK_FOLDERS, "vae", "text_encoder", "tokenizer", "scheduler")
-_SIDE_FILES = (".json", ".safetensors", ".txt")
+COMPONENTS = (
+    *NETWORK_FOLDERS,
+    "vae",
+    *(f"{name}{n}" for n in ("", "_2", "_3") for name in ("text_encoder", "tokenizer")),
+    "scheduler",
+)
+_SIDE_FILES = (".json", ".safetensors", ".txt", ".model")
+LEGACY_CLASSES = {
+    "ada_norm_zero": "DiTTransformer2DModel",
+    "ada_norm_single": "PixArtTransformer2DModel",
+}
+"""What a `Transformer2DModel` of an old repository is now, by its norm_type."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +92,12 @@ class ModelFolder:
 
     @property
     def class_name(self) -> str:
-        """diffusers' name of the denoiser's class."""
-        return str(self.config(self.network).get("_class_name"))
+        """diffusers' name of the denoiser's class, as it is today."""
+        config = self.config(self.network)
+        name = str(config.get("_class_name"))
+        if name == "Transformer2DModel":
+            return LEGACY_CLASSES.get(str(config.get("norm_type")), name)
+        return name
 
     def digest(self) -> str:
         """SHA-256 over every file that the backbone reads; for `init: random` its seed instead of
@@ -95,6 +110,10 @@ class ModelFolder:
                     continue
                 entries["random"] = str(self.spec.init_seed)
             entries[name] = _content_digest(file)
+        if self.spec.weights is not None:
+            entries["weights"] = file_digest(self.spec.weights)
+        for i, lora in enumerate(self.spec.lora):
+            entries[f"lora {i}"] = f"{lora.scale!r} {file_digest(lora.path)}"
         return hashlib.sha256(canonical_json(dict(entries))).hexdigest()
 
     def _files(self) -> Iterator[Path]:
@@ -152,13 +171,18 @@ def load_backbone(folder: ModelFolder, device: str | torch.device) -> Backbone:
     Raises:
         WeightsError: for a class that no adapter knows, or files that do not load.
     """
-    from drl_data.backbones.transformer import DiTBackbone
-    from drl_data.backbones.unet import LatentUNetBackbone, PixelUNetBackbone
+    from drl_data.backbones.joint import FluxBackbone, SD3Backbone
+    from drl_data.backbones.transformer import DiTBackbone, PixArtBackbone, SanaBackbone
+    from drl_data.backbones.unet import PixelUNetBackbone, load_latent_unet
 
     families: dict[str, Callable[[ModelFolder, torch.device], Backbone]] = {
         "UNet2DModel": PixelUNetBackbone.load,
-        "UNet2DConditionModel": LatentUNetBackbone.load,
+        "UNet2DConditionModel": load_latent_unet,
         "DiTTransformer2DModel": DiTBackbone.load,
+        "PixArtTransformer2DModel": PixArtBackbone.load,
+        "SD3Transformer2DModel": SD3Backbone.load,
+        "FluxTransformer2DModel": FluxBackbone.load,
+        "SanaTransformer2DModel": SanaBackbone.load,
     }
     if folder.class_name not in families:
         raise WeightsError(
@@ -178,7 +202,12 @@ def load_network(folder: ModelFolder, cls: type, device: torch.device) -> nn.Mod
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(folder.spec.init_seed)
             return placed(build(cls, config, "cpu", dtype), device)
-    return placed(load_component(folder, folder.network, cls, dtype), device)
+    network = load_component(folder, folder.network, cls, dtype)
+    if folder.spec.weights is not None:
+        replace_weights(network, folder.spec.weights)
+    for lora in folder.spec.lora:
+        fuse_lora(network, lora)
+    return placed(network, device)
 
 
 def build(cls: type, config: dict[str, object], device: str, dtype: torch.dtype) -> nn.Module:
@@ -196,7 +225,7 @@ def load_component(
     Raises:
         WeightsError: if the files are missing or do not fit.
     """
-    with _weights_errors(folder, path):
+    with loading(folder, path):
         loaded: nn.Module = cls.from_pretrained(  # type: ignore[attr-defined]
             path,
             variant=folder.spec.variant,
@@ -229,16 +258,17 @@ def load_schedule(folder: ModelFolder) -> NoiseSchedule:
             f"model {folder.spec.model!r}: no scheduler/ beside the network, so its noise schedule "
             "is unknown; give the folder of the whole pipeline"
         )
-    with _weights_errors(folder, path):
+    with loading(folder, path):
         scheduler = DDPMScheduler.from_pretrained(path, local_files_only=True)
     return NoiseSchedule(scheduler.alphas_cumprod)
 
 
 @contextlib.contextmanager
-def _weights_errors(folder: ModelFolder, path: Path) -> Iterator[None]:
+def loading(folder: ModelFolder, path: Path) -> Iterator[None]:
+    """Turn what libraries raise about a component's files into WeightsError."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise WeightsError(
             f"model {folder.spec.model!r}: {path} does not load as {folder.class_name}'s "
             f"component: {error}"
