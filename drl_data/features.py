@@ -63,13 +63,18 @@ class FeatureComputer:
 
     @torch.no_grad()
     def compute(
-        self, pixels: npt.NDArray[np.uint8], keys: Sequence[str], clock: StageClock = NO_CLOCK
+        self,
+        pixels: npt.NDArray[np.uint8],
+        keys: Sequence[str],
+        clock: StageClock = NO_CLOCK,
+        conditioning: Conditioning | None = None,
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """(position of the timestep, {array: features [b, *shape]}) for each timestep in turn.
 
-        `pixels` is uint8 [b, c, H, W], `keys` names its samples; the features are on the backbone's
-        device in its dtype (float32 if averaged over members). The image is encoded once, whatever
-        the number of timesteps and members.
+        `pixels` is uint8 [b, c, H, W], `keys` names its samples, `conditioning` is theirs if it
+        differs between samples (default: what the computer was made with). The features are on the
+        backbone's device in its dtype (float32 if averaged over members). The image is encoded
+        once, whatever the number of timesteps and members.
         """
         spec = self._spec
         with clock.stage("encode"):
@@ -86,7 +91,7 @@ class FeatureComputer:
                 if spec.noise.per_timestep:
                     noise = self._noise(keys, latents, _name_of(when))
                 noisy = [corrupt(x, eps, when) for x, eps in zip(latents, noise, strict=True)]
-                features = self._features_at(noisy, when)
+                features = self._features_at(noisy, when, conditioning or self._conditioning)
             yield t, features
 
     def _scaled(self, pixels: npt.NDArray[np.uint8]) -> Tensor:
@@ -113,7 +118,9 @@ class FeatureComputer:
         ]
         return [None if e is None else e.to(x) for e, x in zip(drawn, latents, strict=True)]
 
-    def _features_at(self, noisy: Sequence[Tensor], when: ResolvedTime) -> dict[str, Tensor]:
+    def _features_at(
+        self, noisy: Sequence[Tensor], when: ResolvedTime, conditioning: Conditioning
+    ) -> dict[str, Tensor]:
         """Features of one timestep: the mean over members in float32, then the reductions."""
         sums: dict[str, Tensor] = {}
         dims_of: dict[str, tuple[str, ...]] = {}
@@ -128,7 +135,7 @@ class FeatureComputer:
 
         captured: dict[str, Tensor] = {}
         for x in noisy:
-            captured = self.backbone.tap(x, when, self._conditioning, self._taps, take)
+            captured = self.backbone.tap(x, when, conditioning, self._taps, take)
         if len(noisy) == 1:
             return captured
         return {

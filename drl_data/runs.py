@@ -13,6 +13,7 @@ from functools import partial
 import torch
 
 from drl_data.backbones import ModelFolder
+from drl_data.conditions import extremes
 from drl_data.errors import SpecError
 from drl_data.executors import Outcome, run_local, run_ray
 from drl_data.extract import condition_files, make_task, resolve_features
@@ -100,7 +101,7 @@ def prepare(pipeline: Pipeline) -> Prepared:
         spec = draft.model_copy(update={"rows_per_unit": rows})
         if spec == store.spec:
             return Prepared(index, spec, store.arrays, store.times)
-    arrays, times = resolve_features(folder, draft, pipeline.condition)
+    arrays, times = resolve_features(folder, draft, extremes(pipeline.condition, index))
     if wanted == "auto":
         wanted = auto_rows_per_unit(arrays, index.n_samples, draft.batch_size)
     return Prepared(index, draft.model_copy(update={"rows_per_unit": wanted}), arrays, times)
