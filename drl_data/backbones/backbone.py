@@ -86,7 +86,7 @@ class Conditioning:
 
     def to(self, device: torch.device) -> Conditioning:
         """The same on another device."""
-        return Conditioning({k: v.to(device, non_blocking=True) for k, v in self.kwargs.items()})
+        return Conditioning({k: v.to(device) for k, v in self.kwargs.items()})
 
     @property
     def n_bytes(self) -> int:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from drl_data.backbones.backbone import Backbone
@@ -440,7 +440,7 @@ def weights_errors(folder: ModelFolder, path: Path) -> Iterator[None]:
     """What a library raises while it loads, as a WeightsError that names the folder."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise WeightsError(
             f"model {folder.spec.model!r}: {path} does not load as {folder.class_name}'s "
             f"component: {error}"

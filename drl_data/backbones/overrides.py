@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -112,7 +113,7 @@ def _add(module: nn.Module, parts: Mapping[str, Tensor], lora: LoraSpec, name: s
 def _read(path: str) -> dict[str, Tensor]:
     try:
         return load_file(path)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, SafetensorError) as error:
         raise WeightsError(f"{path}: {error}; want a safetensors file") from error
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from drl_data.backbones.loader import ModelFolder, load_component, weights_errors
@@ -156,7 +156,7 @@ def read_embeddings(path: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
     try:
         with safe_open(path, framework="pt") as file:
             found = {name: file.get_tensor(name) for name in shapes if name in file.keys()}  # noqa: SIM118
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, SafetensorError) as error:
         raise SpecError(
             f"condition.prompt_embeddings {path!r}: {error}; want a safetensors file with {want}"
         ) from error
