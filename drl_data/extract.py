@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from drl_data.backbones import Backbone, Model, find_model, load_backbone
+from drl_data.conditions import SampleConditions
 from drl_data.errors import FeatureError, SpecError, StoreMismatchError, TapError
 from drl_data.features import FeatureComputer
 from drl_data.flops import FeatureFlops
@@ -58,9 +59,14 @@ class ExtractTask:
     """
 
     def __init__(
-        self, store: FeatureStore, computers: Sequence[FeatureComputer], run: RunSpec
+        self,
+        store: FeatureStore,
+        computers: Sequence[FeatureComputer],
+        conditions: SampleConditions,
+        run: RunSpec,
     ) -> None:
         self._store = store
+        self._conditions = conditions
         self._spec = store.spec
         self._index = store.index
         self._run = run
@@ -131,13 +137,15 @@ class ExtractTask:
             clock.add("read", batch.read_s)
             clock.add("decode", batch.decode_s)
             computed.input_bytes += batch.n_bytes
-            computed.invalid.extend(batch.invalid)
-            rows = _valid_positions(batch)
+            told = self._conditions.batch(batch.start, batch.n_rows, len(batch.pixels))
+            invalid = _merged(batch.invalid, told.invalid)
+            computed.invalid.extend(invalid)
+            rows = _valid_positions(batch, invalid)
             if not rows:
                 continue
             place = [batch.start - unit.start + row for row in rows]
             keys = [*batch.keys, *[""] * (len(batch.pixels) - batch.n_rows)]
-            for t, captured in computer.compute(batch.pixels, keys, clock):
+            for t, captured in computer.compute(batch.pixels, keys, clock, told.conditioning):
                 with clock.stage("copy"):
                     for name, x in captured.items():
                         chosen = x[: batch.n_rows] if len(rows) == batch.n_rows else x[rows]
@@ -207,14 +215,15 @@ def make_task(
     use_exact_float32()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_backbone(model, device)
+    conditions = SampleConditions(loaded, condition, store.index)
     computer = FeatureComputer(
-        loaded, _frozen_taps(loaded, store), loaded.conditioning(condition), store.times, store.spec
+        loaded, _frozen_taps(loaded, store), conditions.constant, store.times, store.spec
     )
     if loaded.device.type != "cpu":
-        return ExtractTask(store, [computer], run)
+        return ExtractTask(store, [computer], conditions, run)
     torch.set_num_threads(1)
     replicas = [computer.replica() for _ in range(n_cpus - 1)]
-    return ExtractTask(store, [computer, *replicas], run)
+    return ExtractTask(store, [computer, *replicas], conditions, run)
 
 
 def condition_files(condition: ConditionSpec) -> dict[str, str]:
@@ -224,9 +233,11 @@ def condition_files(condition: ConditionSpec) -> dict[str, str]:
 
 
 def resolve_features(
-    model: Model, spec: FeatureSpec, condition: ConditionSpec
+    model: Model, spec: FeatureSpec, conditions: Sequence[ConditionSpec]
 ) -> tuple[tuple[ArraySpec, ...], tuple[ResolvedTime, ...]]:
     """Arrays and timesteps of a spec from the structure of its model alone, on the meta device.
+
+    `conditions` are those that the model must be able to take; shapes are the first one's.
 
     Raises:
         SpecError, TapError: if the model cannot do what the spec asks for.
@@ -235,7 +246,9 @@ def resolve_features(
     taps = backbone.resolve(spec.taps)
     times = resolve_times(backbone.schedule, spec.schedule, spec.noise)
     _check_corruption(backbone, spec)
-    arrays = backbone.arrays(taps, spec.images, condition, times[0], spec.dtype)
+    for condition in conditions[1:]:
+        backbone.conditioning(condition)
+    arrays = backbone.arrays(taps, spec.images, conditions[0], times[0], spec.dtype)
     return arrays, times
 
 
@@ -291,8 +304,14 @@ class _Computed:
     clipped: dict[str, int] = field(default_factory=dict)
 
 
-def _valid_positions(batch: ImageBatch) -> list[int]:
-    bad = {row.row - batch.start for row in batch.invalid}
+def _merged(first: Sequence[InvalidRow], second: Sequence[InvalidRow]) -> list[InvalidRow]:
+    """Each invalid row once, in order of rows; the first reason counts."""
+    rows = {row.row: row for row in (*second, *first)}
+    return [rows[row] for row in sorted(rows)]
+
+
+def _valid_positions(batch: ImageBatch, invalid: Sequence[InvalidRow]) -> list[int]:
+    bad = {row.row - batch.start for row in invalid}
     return [i for i in range(batch.n_rows) if i not in bad]
 
 

@@ -68,24 +68,30 @@ class FeatureComputer:
 
     @torch.no_grad()
     def compute(
-        self, pixels: npt.NDArray[np.uint8], keys: Sequence[str], clock: StageClock = NO_CLOCK
+        self,
+        pixels: npt.NDArray[np.uint8],
+        keys: Sequence[str],
+        clock: StageClock = NO_CLOCK,
+        conditioning: Conditioning | None = None,
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """(position of the timestep, {array: features [b, *shape]}) for each timestep in turn.
 
-        `pixels` is uint8 [b, c, H, W], `keys` names its samples; the features are on the backbone's
-        device in its dtype (float32 if averaged over members). The image is encoded once, whatever
-        the number of timesteps and members. The timesteps come in the order of the spec, but of an
-        inversion in the order in which it meets them.
+        `pixels` is uint8 [b, c, H, W], `keys` names its samples, `conditioning` is theirs if it
+        differs between samples (default: what the computer was made with). The features are on the
+        backbone's device in its dtype (float32 if averaged over members). The image is encoded
+        once, whatever the number of timesteps and members. The timesteps come in the order of the
+        spec, but of an inversion in the order in which it meets them.
         """
+        told = self._conditioning if conditioning is None else conditioning
         with clock.stage("encode"):
             latents = self._latents(pixels, keys)
         if self._path:
-            yield from self._inverted(latents[0], clock)
+            yield from self._inverted(latents[0], told, clock)
         else:
-            yield from self._corrupted(latents, keys, clock)
+            yield from self._corrupted(latents, keys, told, clock)
 
     def _corrupted(
-        self, latents: Sequence[Tensor], keys: Sequence[str], clock: StageClock
+        self, latents: Sequence[Tensor], keys: Sequence[str], told: Conditioning, clock: StageClock
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Features of the latents of each member, with noise or a mask, at each timestep."""
         spec = self._spec.noise
@@ -100,11 +106,11 @@ class FeatureComputer:
                     x if eps is None else degrade(x, eps, when)
                     for x, eps in zip(latents, noise, strict=True)
                 ]
-                features = self._features_at(noisy, when)
+                features = self._features_at(noisy, when, told)
             yield t, features
 
     def _inverted(
-        self, latents: Tensor, clock: StageClock
+        self, latents: Tensor, told: Conditioning, clock: StageClock
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Features along the DDIM inversion of the latents (Song et al. 2021, section 4.3).
 
@@ -122,11 +128,9 @@ class FeatureComputer:
             with clock.stage("denoise"):
                 given = x.to(latents.dtype)
                 if here.requested == deepest:
-                    features = self._features_at([given], here)
+                    features = self._features_at([given], here, told)
                 else:
-                    output, features = self.backbone.denoise(
-                        given, here, self._conditioning, taps, _reduced
-                    )
+                    output, features = self.backbone.denoise(given, here, told, taps, _reduced)
                     x = ddim_step(output.float(), x, here, there, schedule.prediction)
             if t is not None:
                 yield t, features
@@ -174,7 +178,9 @@ class FeatureComputer:
         ]
         return [None if e is None else e.to(x) for e, x in zip(drawn, latents, strict=True)]
 
-    def _features_at(self, noisy: Sequence[Tensor], when: ResolvedTime) -> dict[str, Tensor]:
+    def _features_at(
+        self, noisy: Sequence[Tensor], when: ResolvedTime, conditioning: Conditioning
+    ) -> dict[str, Tensor]:
         """Features of one timestep: the mean over members in float32, then the reductions."""
         sums: dict[str, Tensor] = {}
         dims_of: dict[str, tuple[str, ...]] = {}
@@ -188,7 +194,7 @@ class FeatureComputer:
 
         captured: dict[str, Tensor] = {}
         for x in noisy:
-            captured = self.backbone.tap(x, when, self._conditioning, self._taps, take)
+            captured = self.backbone.tap(x, when, conditioning, self._taps, take)
         if len(noisy) == 1:
             return captured
         return {

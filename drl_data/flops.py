@@ -49,14 +49,22 @@ def count_flops(run: Callable[[], object]) -> int:
     return int(counter.get_total_flops())
 
 
-def trace(model: nn.Module, forward: Callable[[], object]) -> tuple[list[ModuleCall], int]:
-    """Every module that puts out a tensor, in the order of the tree, and the FLOPs of the whole."""
+def trace(
+    model: nn.Module,
+    forward: Callable[[], object],
+    *,
+    select: Callable[[str, object], object] = lambda path, output: output,
+) -> tuple[list[ModuleCall], int]:
+    """Every module that puts out a tensor, in the order of the tree, and the FLOPs of the whole.
+
+    `select` says which part of what the module at a path puts out is meant (several streams).
+    """
     calls: dict[str, ModuleCall] = {}
     counter = FlopCounterMode(display=False)
 
     def note(path: str) -> Callable[[nn.Module, object, object], None]:
         def hook(module: nn.Module, _: object, output: object) -> None:
-            tensor = _first_tensor(output)
+            tensor = _first_tensor(select(path, output))
             if tensor is not None and path not in calls:
                 through = int(counter.get_total_flops())
                 calls[path] = ModuleCall(path, type(module).__name__, tensor, through)

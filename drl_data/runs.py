@@ -13,6 +13,7 @@ from functools import partial
 import torch
 
 from drl_data.backbones import Model, ModelFolder, find_model
+from drl_data.conditions import extremes
 from drl_data.errors import SpecError
 from drl_data.executors import Outcome, run_local, run_ray
 from drl_data.extract import condition_files, count_feature_flops, make_task, resolve_features
@@ -54,7 +55,7 @@ class Prepared:
 
     def flops(self, condition: ConditionSpec) -> FeatureFlops:
         """FLOPs for one image and one forward, counted on the meta device."""
-        return count_feature_flops(self.model, self.spec, condition)
+        return count_feature_flops(self.model, self.spec, extremes(condition, self.index)[0])
 
 
 @dataclass
@@ -113,7 +114,7 @@ def prepare(pipeline: Pipeline, *, structure_only: bool = False) -> Prepared:
         spec = draft.model_copy(update={"rows_per_unit": rows})
         if spec == store.spec:
             return Prepared(index, spec, store.arrays, store.times, model)
-    arrays, times = resolve_features(model, draft, pipeline.condition)
+    arrays, times = resolve_features(model, draft, extremes(pipeline.condition, index))
     if wanted == "auto":
         wanted = auto_rows_per_unit(arrays, index.n_samples, draft.batch_size)
     spec = draft.model_copy(update={"rows_per_unit": wanted})

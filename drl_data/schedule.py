@@ -116,20 +116,14 @@ class NoiseSchedule:
             SpecError: if a timestep lies outside the schedule, or the convention asks for what
                 this model does not have.
         """
-        noised = told = self._steps(spec, "timesteps", spec.timesteps)
-        if spec.condition_at != "same":
-            told = self._steps(spec, "condition_at", spec.condition_at)
-            told = told if len(told) == len(noised) else told * len(noised)
-        return tuple(
-            ResolvedTime(
-                requested=requested,
-                convention=spec.convention,
-                model_time=self.told(spec, condition.time),
-                alpha=noise.alpha,
-                sigma=noise.sigma,
-            )
-            for requested, noise, condition in zip(spec.timesteps, noised, told, strict=True)
-        )
+
+        def steps(field: str, values: Sequence[float]) -> list[Step]:
+            return [
+                Step(self.told(spec, step.time), step.alpha, step.sigma)
+                for step in self._steps(spec, field, values)
+            ]
+
+        return resolve_steps(spec, steps)
 
     def sampler(self, spec: ScheduleSpec) -> Sampler:
         """The scheduler whose steps the spec counts.
@@ -137,15 +131,10 @@ class NoiseSchedule:
         Raises:
             SpecError: if this model has none, or the spec's does not exist.
         """
-        if self.make_sampler is None:
-            raise SpecError(
-                f"schedule.convention {spec.convention} counts the steps of a scheduler; this "
-                "model comes without one: use ddpm_index"
-            )
-        return self.make_sampler(spec)
+        return require_sampler(self.make_sampler, spec)
 
     def _steps(self, spec: ScheduleSpec, field: str, values: Sequence[float]) -> list[Step]:
-        if spec.convention in ("edm_sigma", "edm_index"):
+        if spec.convention in ("edm_sigma", "edm_index", "flow"):
             raise SpecError(
                 f"schedule.convention {spec.convention}: this model has a schedule of discrete "
                 "timesteps; want ddpm_index, or sigma for a noise level"
@@ -200,7 +189,47 @@ class NoiseSchedule:
         return (time + (spec.convention == "ddpm_1based")) / self.n_timesteps
 
 
+def resolve_steps(
+    spec: ScheduleSpec, steps: Callable[[str, Sequence[float]], Sequence[Step]]
+) -> tuple[ResolvedTime, ...]:
+    """Every requested timestep, with the noise of `timesteps` and told the time of `condition_at`.
+
+    `steps` is the schedule's own: (field of the spec, its values) to their places, with the time in
+    the network's units.
+    """
+    noised = told = steps("timesteps", spec.timesteps)
+    if spec.condition_at != "same":
+        told = steps("condition_at", spec.condition_at)
+        told = told if len(told) == len(noised) else [told[0]] * len(noised)
+    return tuple(
+        ResolvedTime(
+            requested=requested,
+            convention=spec.convention,
+            model_time=condition.time,
+            alpha=noise.alpha,
+            sigma=noise.sigma,
+        )
+        for requested, noise, condition in zip(spec.timesteps, noised, told, strict=True)
+    )
+
+
 # --- the steps of a scheduler -------------------------------------------------------------------
+
+
+def require_sampler(
+    make_sampler: Callable[[ScheduleSpec], Sampler] | None, spec: ScheduleSpec
+) -> Sampler:
+    """The scheduler whose steps the spec counts; for schedules of any kind.
+
+    Raises:
+        SpecError: if the model has none, or the spec's does not exist.
+    """
+    if make_sampler is None:
+        raise SpecError(
+            f"schedule.convention {spec.convention} counts the steps of a scheduler; this model "
+            "comes without one: use ddpm_index, or flow for a flow model"
+        )
+    return make_sampler(spec)
 
 
 def sampler_step(sampler: Sampler, spec: ScheduleSpec, value: float) -> Step:

@@ -16,12 +16,13 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -57,6 +58,9 @@ def _as_splits(value: object) -> object:
 
 
 StrTuple = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+
+Timestep = Annotated[int | float, AfterValidator(lambda t: int(t) if t == int(t) else t)]
+"""A position on a noise schedule; 50.0 is 50, so that equal values have one fingerprint."""
 
 
 # --- content ------------------------------------------------------------------------------------
@@ -124,6 +128,16 @@ class ImageSpec(Spec):
         return self
 
 
+class LoraSpec(Spec):
+    """A LoRA file (Hu et al. 2021) and the weight that it gets; a plain path has weight 1."""
+
+    path: str
+    scale: float = 1.0
+
+
+Lora = Annotated[LoraSpec, BeforeValidator(lambda v: {"path": v} if isinstance(v, str) else v)]
+
+
 class BackboneSpec(Spec):
     """The frozen model: a hub id with a pinned revision, a local folder, `bundled:NAME`, or code.
 
@@ -144,6 +158,16 @@ class BackboneSpec(Spec):
     dit_time_shift: Literal[0, 1] = 1
     """DiT only: `downscale_freq_shift` of the sinusoids that tell it the time. diffusers has 1; the
     original code (Peebles and Xie 2023), which trained the weights, has 0."""
+    weights: str | None = None
+    """A safetensors file that replaces every weight of the denoiser (CleanDIFT)."""
+    lora: Annotated[tuple[Lora, ...], BeforeValidator(_as_tuple)] = ()
+    """Low-rank updates fused into the denoiser's weights, in this order."""
+
+    @model_validator(mode="after")
+    def _replace_pretrained(self) -> BackboneSpec:
+        if self.init == "random" and (self.weights or self.lora):
+            raise ValueError("weights and lora have no meaning with init: random")
+        return self
 
 
 class LatentSpec(Spec):
@@ -164,22 +188,51 @@ class LatentSpec(Spec):
 class ConditionSpec(Spec):
     """What the denoiser is told about the image besides the time.
 
-    Text backbones take `prompt`, or `prompt_embeddings`: a safetensors file with one tensor
-    [token, channel] called `prompt_embeds`, so that no text encoder is needed. Class-conditional
-    ones take `class_label`; `null` is the model's unconditional class.
+    Text backbones take one of: `prompt`, the same for all; `template`, for example `a photo of a
+    {label}`, over the name of the sample's label; `caption: true`, the sample's own caption;
+    `prompt_embeddings`, a safetensors file with what the text encoders would give, so that none is
+    needed: `prompt_embeds` [token, channel] and, where the family has them, `pooled_prompt_embeds`
+    [channel] and `prompt_attention_mask` [token].
+
+    Class-conditional ones take `class_label`: a number, `label` for the sample's own, or `null`
+    for the model's unconditional class.
+
+    A sample without the label or the caption that this needs is an invalid row: features told
+    something else would look like the others and not be.
     """
 
     prompt: str = ""
+    template: str | None = None
+    caption: bool = False
     prompt_embeddings: str | None = None
-    class_label: int | Literal["null"] = "null"
+    class_label: int | Literal["null", "label"] = "null"
+    guidance: float = 3.5
+    """Guidance scale that guidance-distilled models are told (Flux-dev); others ignore it."""
+
+    @model_validator(mode="after")
+    def _one_text(self) -> ConditionSpec:
+        given = {
+            "prompt": self.prompt, "template": self.template, "caption": self.caption,
+            "prompt_embeddings": self.prompt_embeddings,
+        }  # fmt: skip
+        names = [name for name, value in given.items() if value]
+        if len(names) > 1:
+            raise ValueError(f"{' and '.join(names)}: want one of them")
+        if self.template is not None and "{label}" not in self.template:
+            raise ValueError(f"template {self.template!r} has no {{label}}; write it as prompt")
+        return self
+
+    @property
+    def needs_label(self) -> bool:
+        """Whether it differs between samples by their labels."""
+        return self.template is not None or self.class_label == "label"
+
+    @property
+    def per_sample(self) -> bool:
+        """Whether it differs between samples."""
+        return self.needs_label or self.caption
 
 
-def _as_number(value: object) -> object:
-    """50.0 means 50, so that they have one fingerprint."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Timestep = Annotated[int | float, BeforeValidator(_as_number)]
 Timesteps = Annotated[tuple[Timestep, ...], BeforeValidator(_as_tuple)]
 
 STEPPED = ("scheduler_position", "descending_index", "generation_label", "img2img_strength")
@@ -204,7 +257,12 @@ class ScheduleSpec(Spec):
     - `edm_index`: a position on the ladder of `n_steps` levels (18 if not said), 1 (least noise) ..
       `n_steps` (DDAE's EDM takes 4 of 18).
 
-    Position in the steps of a scheduler, by default the model's own:
+    Time of flow models, x_t = (1 - t) x_0 + t eps:
+
+    - `flow`: 0 (clean) .. 1 (noise) (DiTF, SD3, REPA); with `shift` s, t is first moved to
+      s t / (1 + (s - 1) t), as the schedulers of SD3 and Wan do.
+
+    Position in the steps of a scheduler, by default the model's own; of flow models the first two:
 
     - `scheduler_position`: index into the `n_steps` steps from noise to clean, negative from the
       end (LDM_correspondences, Seg4Diff);
@@ -226,6 +284,7 @@ class ScheduleSpec(Spec):
         "img2img_strength",
         "edm_sigma",
         "edm_index",
+        "flow",
     ] = "ddpm_index"
     timesteps: Timesteps
     """Where the noise is at; the `timestep` axis of the store."""
@@ -239,6 +298,8 @@ class ScheduleSpec(Spec):
     """What its configuration has different from the model's, for example `steps_offset: 0`."""
     model_time: Literal["index", "fraction"] = "index"
     """`fraction` tells the network t/n (DDAE: 11 of 1..1000 is 0.011)."""
+    shift: Annotated[float, Field(gt=0)] | None = None
+    """How far `flow` is moved towards noise; a scheduler's own steps have its own shift."""
 
     @model_validator(mode="before")
     @classmethod
@@ -251,6 +312,8 @@ class ScheduleSpec(Spec):
     def _distinct(self) -> ScheduleSpec:
         if not self.timesteps or len(set(self.timesteps)) != len(self.timesteps):
             raise ValueError(f"timesteps {list(self.timesteps)}: want at least one, none twice")
+        if self.shift is not None and self.convention != "flow":
+            raise ValueError("shift has a meaning with convention: flow only")
         return self
 
     @model_validator(mode="after")
@@ -554,7 +617,7 @@ class DistillSpec(Spec):
     """
 
     tap: str
-    timestep: int
+    timestep: Timestep
     train: str = "train"
     test: str = "test"
     student: StudentSpec = StudentSpec()
@@ -658,10 +721,8 @@ class Pipeline(Spec):
                 }
             ),
         }
-        if self.backbone and _is_relative_folder(self.backbone.model):
-            changes["backbone"] = self.backbone.model_copy(
-                update={"model": join(self.backbone.model)}
-            )
+        if self.backbone:
+            changes["backbone"] = _with_paths(self.backbone, join)
         if self.condition.prompt_embeddings:
             changes["condition"] = self.condition.model_copy(
                 update={"prompt_embeddings": join(self.condition.prompt_embeddings)}
@@ -682,6 +743,18 @@ class Pipeline(Spec):
 def is_absolute(url: str) -> bool:
     """True for an absolute path or a URL with a scheme."""
     return url.startswith("/") or re.match(r"^[A-Za-z][A-Za-z0-9+.-]*:", url) is not None
+
+
+def _with_paths(backbone: BackboneSpec, join: Callable[[str], str]) -> BackboneSpec:
+    """The same backbone with `join` applied to its local paths."""
+    update: dict[str, object] = {
+        "lora": tuple(lora.model_copy(update={"path": join(lora.path)}) for lora in backbone.lora)
+    }
+    if _is_relative_folder(backbone.model):
+        update["model"] = join(backbone.model)
+    if backbone.weights is not None:
+        update["weights"] = join(backbone.weights)
+    return backbone.model_copy(update=update)
 
 
 def _is_relative_folder(model: str) -> bool:

@@ -70,6 +70,12 @@ def parse(path: str) -> tuple[str, str, int | str | None]:
     return match["pattern"], match["site"] or "out", position
 
 
+def refuse_token_names(tap: ResolvedTap) -> None:
+    """Raise TapError for a tap on tokens by name, of a family whose tokens have none."""
+    if isinstance(tap.part, str):
+        raise TapError(f"tap {tap.address}: this family has no tokens named {tap.part!r}")
+
+
 def resolve(model: nn.Module, taps: Sequence[TapSpec]) -> tuple[ResolvedTap, ...]:
     """Expand globs against the module tree of `model`; in the order of `taps`, then of the tree.
 
@@ -169,12 +175,14 @@ def capture(
     forward: Callable[[], object],
     transform: Callable[[ResolvedTap, Tensor], Tensor],
     *,
+    select: Callable[[ResolvedTap, object], object] = lambda tap, value: value,
     stop_early: bool = True,
 ) -> dict[str, Tensor]:
     """Run `forward` once and return {tap name: transform(tap, tensor)}.
 
     `transform` runs inside the hook, before the model can change the tensor in place. A module
-    that is called several times in one forward gives the tensor of its first call. With
+    that is called several times in one forward gives the tensor of its first call. `select` says
+    which part of what a module gives is meant by a tap that names none (several streams). With
     `stop_early` the forward ends at the last tap; the tensors are the same either way.
 
     Raises:
@@ -185,7 +193,8 @@ def capture(
     def take(tap: ResolvedTap, value: object) -> None:
         if tap.name in captured:
             return
-        captured[tap.name] = transform(tap, _tensor_of(tap, value))
+        chosen = select(tap, value) if tap.part is None else value
+        captured[tap.name] = transform(tap, _tensor_of(tap, chosen))
         if stop_early and len(captured) == len(taps):
             raise _LastTapReached
 

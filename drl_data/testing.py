@@ -1,7 +1,8 @@
 """Public doubles for tests: tiny backbones in the real layout, small tars of real photographs,
 tasks that fail on schedule.
 
-    save_tiny_ddpm / _stable_diffusion / _dit    model folders that `from_pretrained` loads
+    save_tiny_ddpm / _stable_diffusion / _sdxl / _dit / _pixart / _sana / _sd3 / _flux
+                                                 model folders that `from_pretrained` loads
     save_tiny_edm / _adm / _encoder              others, in the layout that each family has
     write_photo_tars                             crops of the photographs that scikit-learn ships
     Schedule                                     per unit and attempt: run, fail, or die
@@ -12,6 +13,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +56,6 @@ def save_tiny_ddpm(folder: Path, *, seed: int = 0, channels: int = 3, size: int 
 def save_tiny_stable_diffusion(folder: Path, *, seed: int = 0) -> Path:
     """The folder of a Stable Diffusion pipeline: unet, vae, text_encoder, tokenizer, scheduler."""
     from diffusers import PNDMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(seed)
     UNet2DConditionModel(
@@ -73,18 +74,7 @@ def save_tiny_stable_diffusion(folder: Path, *, seed: int = 0) -> Path:
     PNDMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True
     ).save_pretrained(folder / "scheduler")
-    n_tokens = _save_tiny_tokenizer(folder / "tokenizer")
-    CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=n_tokens,
-            hidden_size=24,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            bos_token_id=n_tokens - 2,
-            eos_token_id=n_tokens - 1,
-        )
-    ).save_pretrained(folder / "text_encoder")
+    _save_tiny_clip(folder, "")
     return folder
 
 
@@ -192,17 +182,213 @@ def save_tiny_encoder(folder: Path, model_type: str = "dinov2", *, seed: int = 0
     return folder
 
 
-def _tiny_vae() -> AutoencoderKL:
+def save_tiny_sdxl(folder: Path, *, seed: int = 0) -> Path:
+    """The folder of an SDXL pipeline: two CLIPs, the UNet told the image size."""
+    from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+
+    torch.manual_seed(seed)
+    UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16,
+        cross_attention_dim=48,
+        norm_num_groups=8,
+    ).save_pretrained(folder / "unet")
+    _tiny_vae().save_pretrained(folder / "vae")
+    EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+    ).save_pretrained(folder / "scheduler")
+    _save_tiny_clip(folder, "")
+    _save_tiny_clip(folder, "_2", projection=16)
+    return folder
+
+
+def save_tiny_pixart(folder: Path, *, seed: int = 0) -> Path:
+    """The folder of a PixArt-alpha pipeline with T5; the transformer is told size and aspect."""
+    from diffusers import DPMSolverMultistepScheduler, PixArtTransformer2DModel
+
+    torch.manual_seed(seed)
+    network = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,  # resolution and aspect take a third of the width each
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        cross_attention_dim=24,
+        sample_size=8,
+        patch_size=2,
+        caption_channels=24,
+        use_additional_conditions=True,
+        norm_num_groups=8,
+    )
+    network.save_pretrained(folder / "transformer")
+    _tiny_vae().save_pretrained(folder / "vae")
+    DPMSolverMultistepScheduler().save_pretrained(folder / "scheduler")
+    _save_tiny_t5(folder, "")
+    return folder
+
+
+def save_tiny_sd3(folder: Path, *, seed: int = 0) -> Path:
+    """The folder of an SD3 pipeline: two CLIPs, T5, latents of 16 channels with a shift."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+
+    torch.manual_seed(seed)
+    SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=16,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=48,
+        caption_projection_dim=32,
+        pooled_projection_dim=24 + 16,
+        out_channels=16,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    ).save_pretrained(folder / "transformer")
+    _tiny_vae(16, scaling_factor=1.5305, shift_factor=0.0609).save_pretrained(folder / "vae")
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
+    _save_tiny_clip(folder, "", projection=24, width=16)
+    _save_tiny_clip(folder, "_2", projection=16, width=16)
+    _save_tiny_t5(folder, "_3", width=48)
+    return folder
+
+
+def save_tiny_flux(folder: Path, *, seed: int = 0) -> Path:
+    """The folder of a Flux-dev pipeline: CLIP, T5, two double and two single blocks, guidance."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+
+    torch.manual_seed(seed)
+    FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=24,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    ).save_pretrained(folder / "transformer")
+    _tiny_vae(16, scaling_factor=0.3611, shift_factor=0.1159).save_pretrained(folder / "vae")
+    FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(folder / "scheduler")
+    _save_tiny_clip(folder, "")
+    _save_tiny_t5(folder, "_2")
+    return folder
+
+
+def save_tiny_sana(folder: Path, *, seed: int = 0) -> Path:
+    """The folder of a Sana pipeline: Gemma 2, the deterministic AutoencoderDC."""
+    from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaTransformer2DModel
+    from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+
+    torch.manual_seed(seed)
+    SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=24,
+        sample_size=8,
+    ).save_pretrained(folder / "transformer")
+    blocks = {
+        "block_out_channels": (8, 16),
+        "layers_per_block": (1, 1),
+        "qkv_multiscales": ((), ()),
+    }
+    AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=8,
+        scaling_factor=0.41407,
+        **{
+            f"{side}_{key}": value
+            for side in ("encoder", "decoder")
+            for key, value in blocks.items()
+        },
+    ).save_pretrained(folder / "vae")
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *string.ascii_lowercase]
+    GemmaTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[]).save_pretrained(
+        folder / "tokenizer"
+    )
+    Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(words),
+            hidden_size=24,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=12,
+        )
+    ).save_pretrained(folder / "text_encoder")
+    return folder
+
+
+def _tiny_vae(
+    channels: int = 4, *, scaling_factor: float = 0.18215, shift_factor: float | None = None
+) -> AutoencoderKL:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
+        latent_channels=channels,
         norm_num_groups=4,
         sample_size=16,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
     )
+
+
+def _save_tiny_clip(
+    folder: Path, suffix: str, *, width: int = 24, projection: int | None = None
+) -> None:
+    """`tokenizer{suffix}/` and `text_encoder{suffix}/`; with a projection as SDXL's second."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    n_tokens = _save_tiny_tokenizer(folder / f"tokenizer{suffix}")
+    config = CLIPTextConfig(
+        vocab_size=n_tokens,
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=n_tokens - 2,
+        eos_token_id=n_tokens - 1,
+        projection_dim=projection or 512,
+    )
+    encoder_class = CLIPTextModel if projection is None else CLIPTextModelWithProjection
+    encoder_class(config).save_pretrained(folder / f"text_encoder{suffix}")
+
+
+def _save_tiny_t5(folder: Path, suffix: str, *, width: int = 24) -> None:
+    """`tokenizer{suffix}/` and `text_encoder{suffix}/` of T5 over single letters."""
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    words += [(letter, -3.0) for letter in string.ascii_lowercase]
+    T5Tokenizer(vocab=words, extra_ids=0).save_pretrained(folder / f"tokenizer{suffix}")
+    T5EncoderModel(
+        T5Config(vocab_size=len(words), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    ).save_pretrained(folder / f"text_encoder{suffix}")
 
 
 def _save_tiny_tokenizer(folder: Path) -> int:

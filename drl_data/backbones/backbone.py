@@ -13,17 +13,20 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from drl_data.errors import SpecError, TapError
+from drl_data.errors import SpecError
 from drl_data.flops import FeatureFlops, count_flops, trace
 from drl_data.reduce import MAP, TOKENS, VECTOR, reduce
 from drl_data.schedule import Schedule
 from drl_data.spec import ArraySpec, ConditionSpec, DType, ImageSpec, ResolvedTime, TapSpec
-from drl_data.taps import ResolvedTap, capture, expand_aliases, resolve
+from drl_data.taps import ResolvedTap, capture, expand_aliases, refuse_token_names, resolve
+
+if TYPE_CHECKING:
+    from drl_data.backbones.text import TextEncoders
 
 Transform = Callable[[ResolvedTap, Tensor, tuple[str, ...]], Tensor]
 
@@ -33,7 +36,8 @@ CLEAN = ResolvedTime(requested=0, convention="none", model_time=0, alpha=1.0, si
 
 @dataclass(frozen=True)
 class Posterior:
-    """The VAE's Gaussian over latents [b, c, h, w]; without a VAE (`std` None) the pixels."""
+    """The VAE's Gaussian over latents [b, c, h, w]; `std` is None for a deterministic encoder, and
+    without a VAE, where the latents are the pixels and nothing scales them."""
 
     mean: Tensor
     std: Tensor | None = None
@@ -55,7 +59,8 @@ class Posterior:
             SpecError: for `per_channel` without statistics.
         """
         z = self.mean if self.std is None or noise is None else self.mean + self.std * noise
-        if self.std is None or not scale:
+        is_pixels = self.std is None and (self.shift_factor, self.scaling_factor) == (0.0, 1.0)
+        if is_pixels or not scale:
             return z
         if scale != "per_channel":
             return (z - self.shift_factor) * self.scaling_factor
@@ -69,12 +74,27 @@ class Posterior:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Keyword arguments of the network's forward for one sample, each tensor [1, ...]."""
+    """Keyword arguments of the network's forward: tensors [b, ...], a row for each sample of a
+    batch, or [1, ...], the same for all."""
 
     kwargs: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @classmethod
+    def stack(cls, rows: Sequence[Conditioning]) -> Conditioning:
+        """The conditioning of a batch from that of each of its samples."""
+        return cls({k: torch.cat([row.kwargs[k] for row in rows]) for k in rows[0].kwargs})
+
+    def to(self, device: torch.device) -> Conditioning:
+        """The same on another device."""
+        return Conditioning({k: v.to(device) for k, v in self.kwargs.items()})
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(v.nbytes for v in self.kwargs.values())
+
     def expand(self, n: int) -> dict[str, Tensor]:
-        """The same conditioning for `n` samples, without a copy."""
+        """Arguments for `n` samples; one conditioning for all is not copied."""
         return {k: v.expand(n, *v.shape[1:]) for k, v in self.kwargs.items()}
 
 
@@ -92,6 +112,9 @@ class TappableModule:
 
 class Backbone(ABC):
     """A frozen network with a schedule; weights on `device`, or structure only on meta."""
+
+    text: TextEncoders | None = None
+    """The text encoders that `conditioning` loads, where the model takes text."""
 
     def __init__(self, network: nn.Module, schedule: Schedule, device: torch.device) -> None:
         self.network = network.eval().requires_grad_(False)
@@ -113,7 +136,9 @@ class Backbone(ABC):
 
     @abstractmethod
     def conditioning(self, spec: ConditionSpec) -> Conditioning:
-        """What the network is told besides the time; computed once a run.
+        """What the network is told besides the time, for one sample: [1, ...].
+
+        `spec` is the same for all samples, or has been resolved for one (conditions.py).
 
         Raises:
             SpecError: if the model cannot be conditioned so.
@@ -135,13 +160,19 @@ class Backbone(ABC):
         """Other names of modules: {name: (module whose output it is, module whose input it is)}."""
         return {}
 
+    def image_part(self, tap: ResolvedTap, value: object) -> object:
+        """What a tap without a part means where a module gives several streams: the image's."""
+        return value
+
     def arrange(
-        self, tap: ResolvedTap, x: Tensor, grid: tuple[int, int]
+        self, tap: ResolvedTap, x: Tensor, size: tuple[int, int], kwargs: Mapping[str, Tensor]
     ) -> tuple[Tensor, tuple[str, ...]]:
-        """A tap's tensor with the names of its axes; `grid` is h, w of the denoiser's input."""
-        if isinstance(tap.part, str):
-            raise TapError(f"tap {tap.address}: this family has no tokens named {tap.part!r}")
-        return arrange(x, grid)
+        """A tap's tensor with the names of its axes.
+
+        `size` is the height and width of the denoiser's input, `kwargs` what it is told.
+        """
+        refuse_token_names(tap)
+        return arrange(x, size)
 
     def replica(self) -> Self:
         """The same weights behind other modules, so that hooks of two threads do not meet."""
@@ -196,17 +227,25 @@ class Backbone(ABC):
         model_time = torch.full((len(x),), time.model_time, device=x.device)
         if time.model_time == int(time.model_time):
             model_time = model_time.long()
-        grid = (x.shape[-2], x.shape[-1])
+        size = (x.shape[-2], x.shape[-1])
+        kwargs = conditioning.expand(len(x))
         output: object = None
 
         def arrange_and_transform(tap: ResolvedTap, tensor: Tensor) -> Tensor:
-            return transform(tap, *self.arrange(tap, tensor, grid))
+            return transform(tap, *self.arrange(tap, tensor, size, kwargs))
 
         def run() -> None:
             nonlocal output
-            output = self.forward(x, model_time, conditioning.expand(len(x)))
+            output = self.forward(x, model_time, kwargs)
 
-        captured = capture(self.network, taps, run, arrange_and_transform, stop_early=stop_early)
+        captured = capture(
+            self.network,
+            taps,
+            run,
+            arrange_and_transform,
+            select=self.image_part,
+            stop_early=stop_early,
+        )
         return captured, output
 
     def arrays(
@@ -241,12 +280,16 @@ class Backbone(ABC):
         told = self.conditioning(condition).expand(1)
         time = torch.zeros(1, dtype=torch.long, device=self.device)
         with torch.no_grad():
-            calls, total = trace(self.network, lambda: self.forward(x, time, told))
+            calls, total = trace(
+                self.network,
+                lambda: self.forward(x, time, told),
+                select=lambda path, output: self.image_part(_whole(path), output),
+            )
+        size = (x.shape[-2], x.shape[-1])
 
         def described(path: str, kind: str, output: Tensor, through: int) -> TappableModule:
-            tap = ResolvedTap(path, path, "out", None)
             if output.ndim > 1 and len(output) == 1:
-                output, dims = self.arrange(tap, output, (x.shape[-2], x.shape[-1]))
+                output, dims = self.arrange(_whole(path), output, size, told)
                 return TappableModule(path, kind, dims, tuple(output.shape[1:]), through / total)
             return TappableModule(path, kind, (), tuple(output.shape), through / total)
 
@@ -278,10 +321,15 @@ class Backbone(ABC):
         return torch.empty((1, *self.input_shape(images)), dtype=self.dtype, device=self.device)
 
 
-def arrange(x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[str, ...]]:
+def _whole(path: str) -> ResolvedTap:
+    """The tap of what a module puts out."""
+    return ResolvedTap(path, path, "out", None)
+
+
+def arrange(x: Tensor, size: tuple[int, int]) -> tuple[Tensor, tuple[str, ...]]:
     """Give a tap's tensor its axes: map [b, c, h, w], tokens [b, n, c], or vector [b, c].
 
-    Tokens [b, n, c] become a map if n is the number of patches of `grid` (height and width of the
+    Tokens [b, n, c] become a map if n is the number of patches of `size` (height and width of the
     denoiser's input) for some square patch; row-major, as every patchifying transformer does.
     """
     if x.ndim == 4:
@@ -291,8 +339,8 @@ def arrange(x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[str, ...]]:
     if x.ndim != 3:
         x = x.flatten(1)
         return x, VECTOR
-    height, width = grid
-    for patch in range(1, min(grid) + 1):
+    height, width = size
+    for patch in range(1, min(size) + 1):
         if height % patch == 0 == width % patch and x.shape[1] == height * width // patch**2:
             side = (height // patch, width // patch)
             return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], *side), MAP
@@ -315,5 +363,5 @@ def check_images(images: ImageSpec, n_channels: int, multiple: int) -> None:
 
 def refuse_text(spec: ConditionSpec, family: str) -> None:
     """Raise SpecError if a model without text input is given a prompt."""
-    if spec.prompt or spec.prompt_embeddings:
+    if spec.prompt or spec.prompt_embeddings or spec.template or spec.caption:
         raise SpecError(f"condition.prompt: {family} takes no text; leave it out")

@@ -93,9 +93,9 @@ class EncoderBackbone(Backbone):
         return self.network(pixel_values=x, **options, **kwargs)
 
     def arrange(
-        self, tap: ResolvedTap, x: Tensor, grid: tuple[int, int]
+        self, tap: ResolvedTap, x: Tensor, size: tuple[int, int], kwargs: Mapping[str, Tensor]
     ) -> tuple[Tensor, tuple[str, ...]]:
-        n_prefix, side = self._prefix(x, grid)
+        n_prefix, side = self._prefix(x, size)
         if tap.part in ("cls", "prefix"):
             if x.ndim != 3 or n_prefix < 1:
                 raise TapError(
@@ -105,15 +105,15 @@ class EncoderBackbone(Backbone):
         if tap.part == "patches" and n_prefix < 0:
             raise TapError(f"tap {tap.address}: {list(x.shape)} has no patches of this image")
         if x.ndim != 3 or n_prefix < 0:
-            return arrange(x, grid)
+            return arrange(x, size)
         patches = x[:, n_prefix:].transpose(1, 2)
         return patches.reshape(x.shape[0], x.shape[2], *side), MAP
 
-    def _prefix(self, x: Tensor, grid: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+    def _prefix(self, x: Tensor, size: tuple[int, int]) -> tuple[int, tuple[int, int]]:
         """Number of tokens before the patches (-1 if these are not patches), and the patch grid."""
         if x.ndim != 3 or self.patch is None:
             return -1, (0, 0)
-        side = (grid[0] // self.patch, grid[1] // self.patch)
+        side = (size[0] // self.patch, size[1] // self.patch)
         n_prefix = x.shape[1] - side[0] * side[1]
         return (n_prefix if 0 <= n_prefix <= MAX_PREFIX_TOKENS else -1), side
 

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from drl_data.backbones.backbone import Backbone
@@ -27,20 +27,32 @@ from drl_data.backbones.bundles import (
     is_config_only,
 )
 from drl_data.backbones.custom import PYTHON, CustomModel
-from drl_data.backbones.samplers import DiffusersSampler
+from drl_data.backbones.overrides import apply_overrides
+from drl_data.backbones.samplers import FLOW, DiffusersSampler
 from drl_data.errors import SpecError, WeightsError
 from drl_data.reduce import TORCH_DTYPES
 from drl_data.schedule import NoiseSchedule, Schedule
 from drl_data.schedule_edm import EDMSchedule
+from drl_data.schedule_flow import FlowSchedule
 from drl_data.spec import BackboneSpec, canonical_json, file_digest
 
 BUNDLED = "bundled:"
 NETWORK_FOLDERS = ("unet", "transformer")
-COMPONENTS = (*NETWORK_FOLDERS, "vae", "text_encoder", "tokenizer", "scheduler")
+COMPONENTS = (
+    *NETWORK_FOLDERS,
+    "vae",
+    *(f"{name}{n}" for n in ("", "_2", "_3") for name in ("text_encoder", "tokenizer")),
+    "scheduler",
+)
 ENCODER = "transformers"
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 LEARNED_TIME = "timestep"
-_SIDE_FILES = (".json", ".safetensors", ".txt")
+LEGACY_CLASSES = {
+    "ada_norm_zero": "DiTTransformer2DModel",
+    "ada_norm_single": "PixArtTransformer2DModel",
+}
+"""What a `Transformer2DModel` of an old repository is now, by its norm_type."""
+_SIDE_FILES = (".json", ".safetensors", ".txt", ".model")
 _NOT_READ = ("training.json", "source.json")
 _TO_SAFETENSORS = (
     'python -c "import torch, safetensors.torch as s; s.save_file({k: v.contiguous() for k, v in '
@@ -105,9 +117,13 @@ class ModelFolder:
 
     @property
     def class_name(self) -> str:
-        """diffusers' name of the denoiser's class; `transformers` for a model of that library."""
+        """diffusers' name of the denoiser's class, as it is today; `transformers` for a model of
+        that library."""
         config = self.config(self.network)
-        return str(config.get("_class_name", ENCODER if "model_type" in config else None))
+        name = str(config.get("_class_name", ENCODER if "model_type" in config else None))
+        if name == "Transformer2DModel":
+            return LEGACY_CLASSES.get(str(config.get("norm_type")), name)
+        return name
 
     def image_size(self) -> int:
         """Side in pixels that the model was made for, as far as its configuration says.
@@ -125,7 +141,8 @@ class ModelFolder:
                 f"model {self.spec.model!r} does not say for which size of images it is"
             )
         vae = self.component("vae")
-        blocks = [] if vae is None else self.config(vae).get("block_out_channels")
+        sides = {} if vae is None else self.config(vae)
+        blocks = sides.get("block_out_channels", sides.get("encoder_block_out_channels"))
         return size * 2 ** (len(blocks) - 1) if isinstance(blocks, list) and blocks else size
 
     @property
@@ -160,6 +177,10 @@ class ModelFolder:
             entries[name] = _content_digest(file)
         if self.spec.dit_time_shift != 1:
             entries["dit_time_shift"] = str(self.spec.dit_time_shift)
+        if self.spec.weights is not None:
+            entries["weights"] = file_digest(self.spec.weights)
+        for i, lora in enumerate(self.spec.lora):
+            entries[f"lora {i}"] = f"{lora.scale!r} {file_digest(lora.path)}"
         return hashlib.sha256(canonical_json(dict(entries))).hexdigest()
 
     def _files(self) -> Iterator[Path]:
@@ -229,10 +250,12 @@ def find_model(spec: BackboneSpec, *, structure_only: bool = False) -> Model:
     With `structure_only` a hub id that is not at hand becomes its bundled configuration.
 
     Raises:
-        SpecError: for a hub id without a revision.
+        SpecError: for a hub id without a revision, or other weights for a model of Python code.
         WeightsError: if there is no such model.
     """
     if spec.model.startswith(PYTHON):
+        if spec.weights is not None or spec.lora:
+            raise SpecError(f"backbone.weights and lora: {spec.model!r} loads its weights itself")
         return CustomModel(spec)
     try:
         return ModelFolder.find(spec)
@@ -249,18 +272,24 @@ def load_backbone(model: Model, device: str | torch.device) -> Backbone:
     Raises:
         WeightsError: for a class that no adapter knows, or files that do not load.
     """
+    place = torch.device(device)
     if isinstance(model, CustomModel):
-        return model.load(torch.device(device))
+        return model.load(place)
     folder = model
     from drl_data.backbones.adm import GUIDED_DIFFUSION, load_guided_diffusion
     from drl_data.backbones.encoder import EncoderBackbone
-    from drl_data.backbones.transformer import DiTBackbone
-    from drl_data.backbones.unet import LatentUNetBackbone, PixelUNetBackbone
+    from drl_data.backbones.joint import FluxBackbone, SD3Backbone
+    from drl_data.backbones.transformer import DiTBackbone, PixArtBackbone, SanaBackbone
+    from drl_data.backbones.unet import PixelUNetBackbone, load_latent_unet
 
     families: dict[str, Callable[[ModelFolder, torch.device], Backbone]] = {
         "UNet2DModel": PixelUNetBackbone.load,
-        "UNet2DConditionModel": LatentUNetBackbone.load,
+        "UNet2DConditionModel": load_latent_unet,
         "DiTTransformer2DModel": DiTBackbone.load,
+        "PixArtTransformer2DModel": PixArtBackbone.load,
+        "SD3Transformer2DModel": SD3Backbone.load,
+        "FluxTransformer2DModel": FluxBackbone.load,
+        "SanaTransformer2DModel": SanaBackbone.load,
         GUIDED_DIFFUSION: load_guided_diffusion,
         ENCODER: EncoderBackbone.load,
     }
@@ -271,7 +300,10 @@ def load_backbone(model: Model, device: str | torch.device) -> Backbone:
             f"model {folder.spec.model!r} is a {folder.class_name}; families with an adapter: "
             f"{', '.join(families)}"
         )
-    return families[folder.class_name](folder, torch.device(device))
+    backbone = families[folder.class_name](folder, place)
+    if place.type != "meta":
+        apply_overrides(backbone.network, folder.spec)
+    return backbone
 
 
 def load_network(folder: ModelFolder, cls: type, device: torch.device) -> nn.Module:
@@ -335,23 +367,23 @@ def placed(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 def load_schedule(folder: ModelFolder) -> Schedule:
-    """The training schedule from scheduler/scheduler_config.json, and the scheduler itself.
+    """The schedule of scheduler/scheduler_config.json, and the scheduler itself.
 
     Raises:
         WeightsError: if the folder has none.
     """
     from diffusers import DDPMScheduler, EDMEulerScheduler
 
-    path = folder.component("scheduler")
-    if path is None and (folder.root / "scheduler_config.json").is_file():
-        path = folder.root  # where google/ddpm-* have it
+    path = _scheduler_folder(folder)
     if path is None:
         raise WeightsError(
             f"model {folder.spec.model!r}: no scheduler/ beside the network, so its noise schedule "
             "is unknown; give the folder of the whole pipeline"
         )
+    config = _scheduler_config(folder, path)
+    if config.get("_class_name") in FLOW:
+        return load_flow_schedule(folder)
     with weights_errors(folder, path):
-        config = json.loads((path / "scheduler_config.json").read_text(encoding="utf-8"))
         if str(config.get("_class_name")).startswith("EDM"):
             edm = EDMEulerScheduler.from_config(config).config
             return EDMSchedule(edm.sigma_min, edm.sigma_max, edm.sigma_data, edm.rho)
@@ -362,6 +394,30 @@ def load_schedule(folder: ModelFolder) -> Schedule:
         make_sampler=partial(DiffusersSampler.of, config),
         read_learned_time=partial(learned_time, folder),
     )
+
+
+def load_flow_schedule(folder: ModelFolder, time_scale: float = 1000.0) -> FlowSchedule:
+    """The schedule of a flow model whose network is told `time_scale` * t, whatever scheduler lies
+    beside it; that one's steps can be counted."""
+    path = _scheduler_folder(folder)
+    if path is None:
+        return FlowSchedule(time_scale)
+    return FlowSchedule(time_scale, partial(DiffusersSampler.of, _scheduler_config(folder, path)))
+
+
+def _scheduler_folder(folder: ModelFolder) -> Path | None:
+    """scheduler/, or where google/ddpm-* have its configuration: beside the network."""
+    if (folder.root / "scheduler_config.json").is_file():
+        return folder.component("scheduler") or folder.root
+    return folder.component("scheduler")
+
+
+def _scheduler_config(folder: ModelFolder, path: Path) -> dict[str, object]:
+    with weights_errors(folder, path):
+        config: dict[str, object] = json.loads(
+            (path / "scheduler_config.json").read_text(encoding="utf-8")
+        )
+    return config
 
 
 def learned_time(folder: ModelFolder) -> float:
@@ -389,7 +445,7 @@ def weights_errors(folder: ModelFolder, path: Path) -> Iterator[None]:
     """What a library raises while it loads, as a WeightsError that names the folder."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise WeightsError(
             f"model {folder.spec.model!r}: {path} does not load as {folder.class_name}'s "
             f"component: {error}"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from drl_data.backbones.adm_names import adm_aliases
@@ -18,16 +16,15 @@ from drl_data.backbones.backbone import (
     check_images,
     refuse_text,
 )
-from drl_data.backbones.loader import ModelFolder, load_component, load_network, load_schedule
-from drl_data.backbones.vae import encode_latents, latent_shape, load_vae
+from drl_data.backbones.latent import LatentTextBackbone
+from drl_data.backbones.loader import ModelFolder, load_network, load_schedule
+from drl_data.backbones.text import POOLED, PROMPT, TextEncoders
+from drl_data.backbones.vae import latent_shape, load_vae, vae_factor
 from drl_data.errors import SpecError, WeightsError
-from drl_data.schedule import Schedule
 from drl_data.spec import ConditionSpec, ImageSpec
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
-
-PROMPT_TENSOR = "prompt_embeds"
+    from diffusers import UNet2DConditionModel, UNet2DModel
 
 
 class PixelUNetBackbone(Backbone):
@@ -55,6 +52,7 @@ class PixelUNetBackbone(Backbone):
         return Posterior(pixels)
 
     def conditioning(self, spec: ConditionSpec) -> Conditioning:
+        assert spec.class_label != "label"
         refuse_text(spec, "UNet2DModel")
         if self.network.class_embedding is None:
             if spec.class_label != "null":
@@ -69,92 +67,96 @@ class PixelUNetBackbone(Backbone):
         return self.network(x, model_time, **kwargs, return_dict=False)
 
 
-class LatentUNetBackbone(Backbone):
-    """diffusers' UNet2DConditionModel with its AutoencoderKL: Stable Diffusion 1.x and 2.x."""
+class LatentUNetBackbone(LatentTextBackbone):
+    """diffusers' UNet2DConditionModel with CLIP's last states: Stable Diffusion 1.x and 2.x."""
 
     network: UNet2DConditionModel
 
-    def __init__(
-        self,
-        network: UNet2DConditionModel,
-        schedule: Schedule,
-        device: torch.device,
-        vae: AutoencoderKL,
-        folder: ModelFolder,
-    ) -> None:
-        super().__init__(network, schedule, device)
-        self.vae = vae
-        self.folder = folder
-
-    @classmethod
-    def load(cls, folder: ModelFolder, device: torch.device) -> LatentUNetBackbone:
-        """Weights on `device`, or structure only on meta; the text encoder waits for a prompt."""
-        from diffusers import UNet2DConditionModel
-
-        return cls(
-            load_network(folder, UNet2DConditionModel, device),
-            load_schedule(folder),
-            device,
-            load_vae(folder, device),
-            folder,
-        )
+    TOLD: ClassVar[Mapping[str, str]] = {PROMPT: "encoder_hidden_states"}
 
     def input_shape(self, images: ImageSpec) -> tuple[int, int, int]:
         return latent_shape(images, self.vae, len(self.network.config.block_out_channels) - 1)
 
-    def encode(self, pixels: Tensor) -> Posterior:
-        return encode_latents(self.vae, pixels, self.dtype)
+    def text_shapes(self, n_tokens: int) -> dict[str, tuple[int, ...]]:
+        return {PROMPT: (n_tokens, self.network.config.cross_attention_dim)}
 
-    def conditioning(self, spec: ConditionSpec) -> Conditioning:
-        if spec.class_label != "null":
-            raise SpecError("condition.class_label: this model takes a prompt, not a class")
-        if spec.prompt_embeddings is not None:
-            embeds = self._read_embeddings(spec.prompt_embeddings)
-        else:
-            embeds = self._encode_prompt(spec.prompt)
-        width = self.network.config.cross_attention_dim
-        if embeds.shape[-1] != width:
-            raise SpecError(
-                f"condition: prompt embeddings {list(embeds.shape)}; want [token, {width}]"
-            )
-        embeds = embeds.to(device=self.device, dtype=self.dtype)
-        return Conditioning({"encoder_hidden_states": embeds[None]})
+    def n_prompt_tokens(self) -> int:
+        return self.text.clip_length("")
 
-    def _read_embeddings(self, path: str) -> Tensor:
-        """[token, channel] from a safetensors file."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(PROMPT_TENSOR)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise SpecError(
-                f"condition.prompt_embeddings {path!r}: {error}; want a safetensors file with one "
-                f"tensor {PROMPT_TENSOR!r} [token, channel]"
-            ) from error
-        return tensor
-
-    def _encode_prompt(self, prompt: str) -> Tensor:
-        """[token, channel]: CLIP's last hidden state, padded to the tokenizer's length."""
-        text_encoder, tokenizer = (self.folder.component(n) for n in ("text_encoder", "tokenizer"))
-        if text_encoder is None or tokenizer is None:
-            raise WeightsError(
-                f"model {self.folder.spec.model!r} has no text_encoder/ and tokenizer/ for the "
-                f"prompt {prompt!r}; add them, or give condition.prompt_embeddings"
-            )
-        if self.device.type == "meta":
-            config = json.loads((tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))
-            shape = (int(config["model_max_length"]), self.network.config.cross_attention_dim)
-            return torch.empty(shape, device="meta")
-        from transformers import CLIPTextModel, CLIPTokenizer
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()  # of loading one small file
-        tokens = CLIPTokenizer.from_pretrained(tokenizer, local_files_only=True)(
-            prompt, padding="max_length", truncation=True, return_tensors="pt"
-        )
-        encoder = load_component(self.folder, text_encoder, CLIPTextModel).eval()
-        with torch.no_grad():
-            hidden: Tensor = encoder(tokens.input_ids).last_hidden_state
-        return hidden[0]
+    def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
+        return {PROMPT: self.text.clip("", prompt, projected=False).last}
 
     def forward(self, x: Tensor, model_time: Tensor, kwargs: Mapping[str, Tensor]) -> object:
         return self.network(x, model_time, **kwargs, return_dict=False)
+
+
+class LatentUNetXLBackbone(LatentTextBackbone):
+    """UNet2DConditionModel with two CLIPs and the image size (Podell et al. 2023): SDXL and its
+    distilled kin, SSD-1B, SDXL-Turbo, LCM-SDXL.
+
+    The network is told that the original is as large as the input, and not cropped.
+    """
+
+    network: UNet2DConditionModel
+
+    TOLD: ClassVar[Mapping[str, str]] = {PROMPT: "encoder_hidden_states", POOLED: "text_embeds"}
+
+    def input_shape(self, images: ImageSpec) -> tuple[int, int, int]:
+        return latent_shape(images, self.vae, len(self.network.config.block_out_channels) - 1)
+
+    def text_shapes(self, n_tokens: int) -> dict[str, tuple[int, ...]]:
+        config = self.network.config
+        width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        return {PROMPT: (n_tokens, config.cross_attention_dim), POOLED: (width,)}
+
+    def n_prompt_tokens(self) -> int:
+        self.text.paths("_2")
+        return self.text.clip_length("")
+
+    def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
+        first = self.text.clip("", prompt, projected=False)
+        second = self.text.clip("_2", prompt, projected=True)
+        return {
+            PROMPT: torch.cat([first.penultimate, second.penultimate], dim=-1),
+            POOLED: second.pooled,
+        }
+
+    def forward(self, x: Tensor, model_time: Tensor, kwargs: Mapping[str, Tensor]) -> object:
+        factor = vae_factor(self.vae)
+        height, width = factor * x.shape[-2], factor * x.shape[-1]
+        sizes = torch.tensor([height, width, 0, 0, height, width], device=x.device)
+        return self.network(
+            x,
+            model_time,
+            encoder_hidden_states=kwargs["encoder_hidden_states"],
+            added_cond_kwargs={
+                "text_embeds": kwargs["text_embeds"],
+                "time_ids": sizes.expand(len(x), 6),
+            },
+            return_dict=False,
+        )
+
+
+def load_latent_unet(folder: ModelFolder, device: torch.device) -> Backbone:
+    """The adapter of a UNet2DConditionModel by what it is told; on meta structure only.
+
+    The text encoders wait for a prompt.
+
+    Raises:
+        WeightsError: if it is told what no adapter knows (images, hints ...).
+    """
+    from diffusers import UNet2DConditionModel
+
+    told = folder.config(folder.network).get("addition_embed_type")
+    if told not in (None, "text_time"):
+        raise WeightsError(
+            f"model {folder.spec.model!r}: a UNet2DConditionModel with addition_embed_type "
+            f"{told!r}; there are adapters for none (Stable Diffusion 1, 2) and 'text_time' (SDXL)"
+        )
+    return (LatentUNetBackbone if told is None else LatentUNetXLBackbone)(
+        load_network(folder, UNet2DConditionModel, device),
+        load_schedule(folder),
+        device,
+        load_vae(folder, device),
+        TextEncoders(folder),
+    )

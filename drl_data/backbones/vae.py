@@ -1,4 +1,4 @@
-"""The AutoencoderKL that stands before every latent denoiser."""
+"""The autoencoder that stands before every latent denoiser: AutoencoderKL, Sana's AutoencoderDC."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from drl_data.reduce import TORCH_DTYPES
 from drl_data.spec import ImageSpec
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderDC, AutoencoderKL
 
 
-def load_vae(folder: ModelFolder, device: torch.device) -> AutoencoderKL:
-    """The AutoencoderKL beside the denoiser, on meta structure only.
+def load_vae(folder: ModelFolder, device: torch.device) -> AutoencoderKL | AutoencoderDC:
+    """The autoencoder beside the denoiser, on meta structure only.
 
     Raises:
-        WeightsError: if the folder has none.
+        WeightsError: if the folder has none, or one of another class.
     """
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderDC, AutoencoderKL
 
     path = folder.component("vae")
     if path is None:
@@ -34,30 +34,56 @@ def load_vae(folder: ModelFolder, device: torch.device) -> AutoencoderKL:
             "no vae/; give the folder of the whole pipeline"
         )
     config = folder.config(path)
+    classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
+    cls = classes.get(str(config.get("_class_name")))
+    if cls is None:
+        raise WeightsError(f"{path} is a {config.get('_class_name')}; want {' or '.join(classes)}")
     dtype = TORCH_DTYPES[folder.spec.dtype]
     if config.get("force_upcast") and dtype == torch.float16:
         dtype = torch.float32  # the model's own word that its VAE overflows in float16
     if device.type == "meta":
-        return build(AutoencoderKL, config, "meta", dtype)
+        return build(cls, config, "meta", dtype)
     if folder.spec.init == "random" and is_config_only(folder.root):
-        return placed(build_random(folder, path, AutoencoderKL, dtype), device)
-    return placed(load_component(folder, path, AutoencoderKL, dtype), device)
+        return placed(build_random(folder, path, cls, dtype), device)
+    return placed(load_component(folder, path, cls, dtype), device)
 
 
-def latent_shape(images: ImageSpec, vae: AutoencoderKL, n_halvings: int) -> tuple[int, int, int]:
+def vae_factor(vae: AutoencoderKL | AutoencoderDC) -> int:
+    """Pixels along a side of one latent."""
+    config = vae.config
+    sides = config["encoder_block_out_channels" if is_deterministic(vae) else "block_out_channels"]
+    return int(2 ** (len(sides) - 1))
+
+
+def is_deterministic(vae: AutoencoderKL | AutoencoderDC) -> bool:
+    """Whether it is an AutoencoderDC, which has no posterior."""
+    from diffusers import AutoencoderDC
+
+    return isinstance(vae, AutoencoderDC)
+
+
+def latent_shape(
+    images: ImageSpec, vae: AutoencoderKL | AutoencoderDC, n_halvings: int
+) -> tuple[int, int, int]:
     """(c, h, w) of the latents of a denoiser that halves its input `n_halvings` times.
 
     Raises:
         SpecError: if the VAE or the denoiser cannot take such images.
     """
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = vae_factor(vae)
     check_images(images, vae.config.in_channels, factor * 2**n_halvings)
     height, width = images.size
     return (vae.config.latent_channels, height // factor, width // factor)
 
 
-def encode_latents(vae: AutoencoderKL, pixels: Tensor, dtype: torch.dtype) -> Posterior:
-    """The VAE's posterior for pixels [b, c, H, W]: mean and std [b, c, h, w] in `dtype`."""
+def encode_latents(
+    vae: AutoencoderKL | AutoencoderDC, pixels: Tensor, dtype: torch.dtype
+) -> Posterior:
+    """The VAE's posterior for pixels [b, c, H, W]: mean and std [b, c, h, w] in `dtype`; without a
+    std for the deterministic AutoencoderDC (Chen et al. 2024)."""
+    if is_deterministic(vae):
+        latent = vae.encode(pixels.to(vae.dtype)).latent
+        return Posterior(latent.to(dtype), scaling_factor=vae.config.scaling_factor)
     distribution = vae.encode(pixels.to(vae.dtype)).latent_dist
     return Posterior(
         distribution.mean.to(dtype),

@@ -1,0 +1,89 @@
+"""What every text-conditioned latent denoiser shares: the VAE before it and the text beside it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from drl_data.backbones.backbone import Backbone, Conditioning, Posterior
+from drl_data.backbones.text import MASK, TextEncoders, read_embeddings
+from drl_data.backbones.vae import encode_latents
+from drl_data.errors import SpecError
+from drl_data.schedule import Schedule
+from drl_data.spec import ConditionSpec
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderDC, AutoencoderKL
+
+
+class LatentTextBackbone(Backbone):
+    """A denoiser of VAE latents that takes text; families say which text, and how it is called."""
+
+    text: TextEncoders
+
+    TOLD: ClassVar[Mapping[str, str]]
+    """Name of each embedding in a file (`prompt_embeds` ...) and in the network's forward."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: Schedule,
+        device: torch.device,
+        vae: AutoencoderKL | AutoencoderDC,
+        text: TextEncoders,
+    ) -> None:
+        super().__init__(network, schedule, device)
+        self.vae = vae
+        self.text = text
+
+    @abstractmethod
+    def text_shapes(self, n_tokens: int) -> dict[str, tuple[int, ...]]:
+        """Shape of each embedding of a prompt of `n_tokens` tokens, by its name in a file."""
+
+    @abstractmethod
+    def n_prompt_tokens(self) -> int:
+        """Tokens of what `encode_prompt` gives, known without loading an encoder.
+
+        Raises:
+            WeightsError: if the model has no text encoders.
+        """
+
+    @abstractmethod
+    def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
+        """Embeddings of a prompt, named and shaped as `text_shapes` says.
+
+        Raises:
+            WeightsError: if the model has no text encoders.
+        """
+
+    def encode(self, pixels: Tensor) -> Posterior:
+        return encode_latents(self.vae, pixels, self.dtype)
+
+    def conditioning(self, spec: ConditionSpec) -> Conditioning:
+        assert not spec.per_sample
+        if spec.class_label != "null":
+            raise SpecError("condition.class_label: this model takes a prompt, not a class")
+        named = self._embeddings(spec)
+        told = {
+            self.TOLD[name]: tensor.to(
+                device=self.device, dtype=None if name == MASK else self.dtype
+            )[None]
+            for name, tensor in named.items()
+        }
+        return Conditioning({**told, **self.other_conditions(spec)})
+
+    def other_conditions(self, spec: ConditionSpec) -> dict[str, Tensor]:
+        """What the network is told besides text, each tensor [1, ...]."""
+        return {}
+
+    def _embeddings(self, spec: ConditionSpec) -> dict[str, Tensor]:
+        if spec.prompt_embeddings is not None:
+            return read_embeddings(spec.prompt_embeddings, self.text_shapes(0))
+        if self.device.type != "meta":
+            return self.encode_prompt(spec.prompt)
+        shapes = self.text_shapes(self.n_prompt_tokens())
+        return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}

@@ -1,0 +1,178 @@
+"""Text encoders beside a denoiser (CLIP, T5, Gemma), and files with what they would give.
+
+One prompt at a time, so that an embedding does not depend on what is encoded with it, and in
+float32 whatever the precision of the denoiser.
+
+Shapes: n token, c channel.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from drl_data.backbones.loader import ModelFolder, load_component, weights_errors
+from drl_data.errors import SpecError, WeightsError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PROMPT = "prompt_embeds"
+POOLED = "pooled_prompt_embeds"
+MASK = "prompt_attention_mask"
+
+
+@dataclass(frozen=True)
+class ClipStates:
+    """What families take from CLIP: hidden states [n, c] and pooled vectors [c]."""
+
+    last: Tensor
+    """After the final layer norm (Stable Diffusion)."""
+    penultimate: Tensor
+    """Of the layer before the last, without a norm (SDXL, SD3)."""
+    pooled: Tensor
+    """At the end-of-text token; after the projection if the encoder has one."""
+
+
+class TextEncoders:
+    """The text encoders of a model folder, loaded when first asked for and kept until released.
+
+    They run on the CPU unless `device` is set: for one prompt a run, the GPU's memory is worth
+    more than the seconds.
+    """
+
+    def __init__(self, folder: ModelFolder) -> None:
+        self.device = torch.device("cpu")
+        self._folder = folder
+        self._loaded: dict[str, tuple[PreTrainedTokenizerBase, PreTrainedModel]] = {}
+
+    def has(self, suffix: str) -> bool:
+        """Whether the folder has `text_encoder{suffix}/`, which some families may lack."""
+        return self._folder.component(f"text_encoder{suffix}") is not None
+
+    def paths(self, suffix: str) -> tuple[Path, Path]:
+        """The folders `tokenizer{suffix}/` and `text_encoder{suffix}/`.
+
+        Raises:
+            WeightsError: if the model has none.
+        """
+        names = (f"tokenizer{suffix}", f"text_encoder{suffix}")
+        tokenizer, encoder = (self._folder.component(name) for name in names)
+        if tokenizer is None or encoder is None:
+            raise WeightsError(
+                f"model {self._folder.spec.model!r} has no {names[1]}/ and {names[0]}/ for the "
+                "prompt; add them, or give condition.prompt_embeddings"
+            )
+        return tokenizer, encoder
+
+    def clip_length(self, suffix: str) -> int:
+        """Tokens that CLIP's prompts are padded to, from the tokenizer's configuration."""
+        config = json.loads(
+            (self.paths(suffix)[0] / "tokenizer_config.json").read_text(encoding="utf-8")
+        )
+        return int(config["model_max_length"])
+
+    def clip(self, suffix: str, prompt: str, *, projected: bool) -> ClipStates:
+        """CLIP (Radford et al. 2021), padded to the tokenizer's length."""
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+        encoder_class = CLIPTextModelWithProjection if projected else CLIPTextModel
+        tokenizer, encoder = self._load(suffix, CLIPTokenizer, encoder_class)
+        ids = tokenizer(
+            prompt, padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids.to(self.device)
+        with torch.no_grad():
+            out = encoder(ids, output_hidden_states=True)
+        pooled = out.text_embeds if projected else out.pooler_output
+        return ClipStates(out.last_hidden_state[0], out.hidden_states[-2][0], pooled[0])
+
+    def t5(self, suffix: str, prompt: str, n_tokens: int, *, masked: bool) -> tuple[Tensor, Tensor]:
+        """T5's encoder (Raffel et al. 2020): ([n, c], mask [n]); padding counts unless `masked`."""
+        from transformers import T5EncoderModel, T5Tokenizer
+
+        return self._last(suffix, prompt, n_tokens, (T5Tokenizer, T5EncoderModel), masked=masked)
+
+    def gemma(self, suffix: str, prompt: str, n_tokens: int) -> tuple[Tensor, Tensor]:
+        """Gemma 2 as an encoder (Xie et al. 2024, Sana): ([n, c], mask [n])."""
+        from transformers import Gemma2Model, GemmaTokenizer
+
+        return self._last(suffix, prompt, n_tokens, (GemmaTokenizer, Gemma2Model), masked=True)
+
+    def release(self) -> None:
+        """Free the encoders; they are loaded again if asked for."""
+        self._loaded.clear()
+
+    def _last(
+        self, suffix: str, prompt: str, n_tokens: int, classes: tuple[type, type], *, masked: bool
+    ) -> tuple[Tensor, Tensor]:
+        tokenizer, encoder = self._load(suffix, *classes)
+        tokens = tokenizer(
+            prompt,
+            padding="max_length",
+            padding_side="right",
+            max_length=n_tokens,
+            truncation=True,
+            return_tensors="pt",
+        ).to(self.device)
+        with torch.no_grad():
+            out = encoder(
+                tokens.input_ids, attention_mask=tokens.attention_mask if masked else None
+            )
+        return out.last_hidden_state[0], tokens.attention_mask[0]
+
+    def _load(
+        self, suffix: str, tokenizer_class: type, encoder_class: type
+    ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+        if suffix not in self._loaded:
+            from transformers.utils.logging import disable_progress_bar
+
+            disable_progress_bar()  # of loading one small file
+            tokenizer_path, encoder_path = self.paths(suffix)
+            with weights_errors(self._folder, tokenizer_path):
+                tokenizer = tokenizer_class.from_pretrained(  # type: ignore[attr-defined]
+                    tokenizer_path, local_files_only=True
+                )
+            encoder = load_component(self._folder, encoder_path, encoder_class).eval()
+            self._loaded[suffix] = tokenizer, encoder.to(self.device)
+        return self._loaded[suffix]
+
+
+def read_embeddings(path: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, named and shaped as `shapes` but for the number of tokens.
+
+    A mask that is not in the file hides nothing.
+
+    Raises:
+        SpecError: if the file or a tensor is missing, or has another shape.
+    """
+    want = ", ".join(f"{name} {_shape_text(name, shapes[name])}" for name in shapes)
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_tensor(name) for name in shapes if name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise SpecError(
+            f"condition.prompt_embeddings {path!r}: {error}; want a safetensors file with {want}"
+        ) from error
+    if PROMPT in found and MASK in shapes and MASK not in found:
+        found[MASK] = torch.ones(found[PROMPT].shape[0], dtype=torch.int64)
+    n_tokens = found[PROMPT].shape[0] if PROMPT in found else 0
+    for name, shape in shapes.items():
+        got = tuple(found[name].shape) if name in found else None
+        if got != (shape if name == POOLED else (n_tokens, *shape[1:])):
+            raise SpecError(
+                f"condition.prompt_embeddings {path!r}: {name} "
+                f"{'is missing' if got is None else list(got)}; want {want}"
+            )
+    return found
+
+
+def _shape_text(name: str, shape: tuple[int, ...]) -> str:
+    sides = shape if name == POOLED else ("token", *shape[1:])
+    return f"[{', '.join(map(str, sides))}]"

@@ -1,0 +1,66 @@
+"""Which tokens of a transformer are the image's, and where they lie on it.
+
+Shapes: b batch, n token, c channel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from drl_data.backbones.backbone import arrange
+from drl_data.errors import TapError
+from drl_data.reduce import MAP, TOKENS
+from drl_data.taps import ResolvedTap, refuse_token_names
+
+_TEXT_MODULES = frozenset(
+    {
+        *("context_embedder", "norm1_context", "norm2_context", "ff_context"),  # SD3, Flux
+        *("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k", "to_add_out"),
+        *("caption_projection", "caption_norm"),  # PixArt, Sana
+    }
+)
+"""Modules that see text tokens only, by any component of their path."""
+
+_TEXT_PATHS = ("attn2.to_k", "attn2.to_v", "attn2.norm_k")
+"""Keys and values of cross-attention, which are the text's."""
+
+
+def is_text(module: str) -> bool:
+    """Whether a module of a transformer sees the text's tokens only."""
+    return not _TEXT_MODULES.isdisjoint(module.split(".")) or module.endswith(_TEXT_PATHS)
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """The grid of patches, row-major, and the text tokens before it in a joint sequence."""
+
+    height: int
+    width: int
+    n_text: int
+
+    def arrange(
+        self, tap: ResolvedTap, x: Tensor, *, text: bool, only_image: bool = False
+    ) -> tuple[Tensor, tuple[str, ...]]:
+        """Tokens [b, n, c] of the image, alone or after the text's, to a map; text stays tokens.
+
+        Raises:
+            TapError: if `only_image` and there are other tokens: the library's layout changed; or
+                for tokens by name.
+        """
+        refuse_token_names(tap)
+        if x.ndim != 3:
+            return arrange(x, (0, 0))
+        n_image = self.height * self.width
+        if not text and x.shape[1] == n_image + self.n_text:
+            x = x[:, self.n_text :]
+        if not text and x.shape[1] == n_image:
+            return x.transpose(1, 2).reshape(len(x), -1, self.height, self.width), MAP
+        if only_image:
+            raise TapError(
+                f"tap {tap.address}: {x.shape[1]} tokens, want the image's {n_image} (or "
+                f"{n_image + self.n_text} with the text's before them); the library's layout is "
+                "not the one that this adapter knows: choose an entry with @out.N"
+            )
+        return x, TOKENS

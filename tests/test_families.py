@@ -1,0 +1,682 @@
+"""SDXL, PixArt, Sana, SD3 and Flux against diffusers' own pipelines and plain calls of its modules.
+
+Every comparison is exact: both sides run the same modules in float32 on the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Gemma2Model,
+    GemmaTokenizer,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from drl_data.backbones import Backbone, ModelFolder, load_backbone
+from drl_data.backbones.joint import pack, position_ids
+from drl_data.backbones.tokens import TokenLayout
+from drl_data.errors import SpecError, TapError, WeightsError
+from drl_data.schedule import corrupt
+from drl_data.schedule_flow import FlowSchedule
+from drl_data.spec import BackboneSpec, ConditionSpec, ImageSpec, ScheduleSpec, TapSpec
+from drl_data.taps import ResolvedTap, resolve
+from drl_data.testing import (
+    save_tiny_dit,
+    save_tiny_flux,
+    save_tiny_pixart,
+    save_tiny_sana,
+    save_tiny_sd3,
+    save_tiny_sdxl,
+)
+
+IMAGES = ImageSpec(size=(16, 24))
+"""Not square, so that no test passes with rows and columns exchanged. Latents are 8 x 12."""
+PROMPT = "A small cat"
+CAT = ConditionSpec(prompt=PROMPT)
+MAKERS: dict[str, Callable[..., Path]] = {
+    "sdxl": save_tiny_sdxl,
+    "pixart": save_tiny_pixart,
+    "sana": save_tiny_sana,
+    "sd3": save_tiny_sd3,
+    "flux": save_tiny_flux,
+}
+TAPS = {
+    "sdxl": ["mid_block", "up_blocks.0", "up_blocks.0.attentions.0.**.attn2.to_q"],
+    "pixart": ["transformer_blocks.0", "transformer_blocks.1.attn2.to_k"],
+    "sana": ["transformer_blocks.0", "transformer_blocks.1.ff@in"],
+    "sd3": ["transformer_blocks.0", "transformer_blocks.1.attn@out.1", "transformer_blocks.2@in"],
+    "flux": ["transformer_blocks.0", "single_transformer_blocks.0", "**.proj_mlp"],
+}
+PAST_THE_TAPS = dict.fromkeys(MAKERS, "proj_out") | {"sdxl": "conv_out"}
+FLOW = ("sana", "sd3", "flux")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One tiny model folder of each family."""
+    root = tmp_path_factory.mktemp("families")
+    return {name: make(root / name) for name, make in MAKERS.items()}
+
+
+@pytest.fixture(scope="session")
+def backbones(models: dict[str, Path]) -> dict[str, Backbone]:
+    return {name: load_backbone(find(path), "cpu") for name, path in models.items()}
+
+
+def find(path: Path, **changes: object) -> ModelFolder:
+    return ModelFolder.find(BackboneSpec(model=str(path), **changes))
+
+
+def schedule_of(family: str) -> ScheduleSpec:
+    if family in FLOW:
+        return ScheduleSpec(convention="flow", timesteps=(0.26,))
+    return ScheduleSpec(timesteps=(120,))
+
+
+def latents_of(backbone: Backbone, n: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(n, *backbone.input_shape(IMAGES), generator=generator)
+
+
+def denoise(
+    backbone: Backbone,
+    family: str,
+    taps: list[str],
+    condition: ConditionSpec = CAT,
+    *,
+    stop_early: bool = True,
+) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
+    (time,) = backbone.schedule.resolve(schedule_of(family))
+    axes: dict[str, tuple[str, ...]] = {}
+
+    def keep(tap: ResolvedTap, x: Tensor, dims: tuple[str, ...]) -> Tensor:
+        axes[tap.name] = dims
+        return x.clone()
+
+    with torch.no_grad():
+        got = backbone.tap(
+            latents_of(backbone),
+            time,
+            backbone.conditioning(condition),
+            resolve(backbone.network, [TapSpec(path=path) for path in taps]),
+            keep,
+            stop_early=stop_early,
+        )
+    return {name: (x, axes[name]) for name, x in got.items()}
+
+
+@pytest.mark.parametrize("family", MAKERS)
+def test_cut_forward_equals_uncut_bit_for_bit(backbones: dict[str, Backbone], family: str) -> None:
+    backbone = backbones[family]
+    calls = []
+    late = backbone.network.get_submodule(PAST_THE_TAPS[family])
+    handle = late.register_forward_hook(lambda *_: calls.append(1))
+    cut = denoise(backbone, family, TAPS[family])
+    assert not calls
+    uncut = denoise(backbone, family, TAPS[family], stop_early=False)
+    handle.remove()
+    assert len(calls) == 1
+    assert cut.keys() == uncut.keys()
+    assert all(torch.equal(cut[name][0], uncut[name][0]) for name in cut)
+
+
+@pytest.mark.parametrize("family", MAKERS)
+def test_shapes_on_the_meta_device_are_the_real_ones(
+    models: dict[str, Path], backbones: dict[str, Backbone], family: str
+) -> None:
+    meta = load_backbone(find(models[family]), "meta")
+    (time,) = meta.schedule.resolve(schedule_of(family))
+    taps = resolve(meta.network, [TapSpec(path=path) for path in TAPS[family]])
+    arrays = meta.arrays(taps, IMAGES, ConditionSpec(), time, "float16")
+    real = denoise(backbones[family], family, TAPS[family], ConditionSpec())
+    want = {name: (tuple(x.shape[1:]), dims) for name, (x, dims) in real.items()}
+    assert {array.name: (array.shape, array.dims) for array in arrays} == want
+
+
+@pytest.mark.parametrize("family", MAKERS)
+def test_every_precision_runs(models: dict[str, Path], family: str) -> None:
+    backbone = load_backbone(find(models[family], dtype="bfloat16"), "cpu")
+    (time,) = backbone.schedule.resolve(schedule_of(family))
+    x = latents_of(backbone).bfloat16()
+    taps = resolve(backbone.network, [TapSpec(path=TAPS[family][0])])
+    with torch.no_grad():
+        told = backbone.conditioning(CAT)
+        (got,) = backbone.tap(x, time, told, taps, lambda _, x, __: x).values()
+    assert got.dtype == torch.bfloat16
+    assert got.isfinite().all()
+
+
+# --- text: what diffusers' own pipelines tell the network ---------------------------------------
+
+
+def clip(path: Path, suffix: str, *, projected: bool = False) -> tuple[CLIPTokenizer, nn.Module]:
+    encoder = CLIPTextModelWithProjection if projected else CLIPTextModel
+    return (
+        CLIPTokenizer.from_pretrained(path / f"tokenizer{suffix}"),
+        encoder.from_pretrained(path / f"text_encoder{suffix}").eval(),
+    )
+
+
+def t5(path: Path, suffix: str) -> tuple[T5Tokenizer, T5EncoderModel]:
+    return (
+        T5Tokenizer.from_pretrained(path / f"tokenizer{suffix}"),
+        T5EncoderModel.from_pretrained(path / f"text_encoder{suffix}").eval(),
+    )
+
+
+def told_by_sdxl(path: Path) -> dict[str, Tensor]:
+    (tokenizer, encoder), (tokenizer_2, encoder_2) = (
+        clip(path, ""),
+        clip(path, "_2", projected=True),
+    )
+    pipeline = StableDiffusionXLPipeline(
+        None, encoder, encoder_2, tokenizer, tokenizer_2, None, None, add_watermarker=False
+    )
+    embeds, _, pooled, _ = pipeline.encode_prompt(PROMPT, do_classifier_free_guidance=False)
+    return {"encoder_hidden_states": embeds, "text_embeds": pooled}
+
+
+def told_by_pixart(path: Path) -> dict[str, Tensor]:
+    pipeline = PixArtAlphaPipeline(*t5(path, ""), None, None, None)
+    embeds, mask, *_ = pipeline.encode_prompt(PROMPT, do_classifier_free_guidance=False)
+    return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+
+
+def told_by_sana(path: Path) -> dict[str, Tensor]:
+    tokenizer = GemmaTokenizer.from_pretrained(path / "tokenizer")
+    encoder = Gemma2Model.from_pretrained(path / "text_encoder").eval()
+    pipeline = SanaPipeline(tokenizer, encoder, None, None, None)
+    embeds, mask, *_ = pipeline.encode_prompt(PROMPT, do_classifier_free_guidance=False)
+    return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+
+
+def told_by_sd3(path: Path, *, with_t5: bool = True) -> dict[str, Tensor]:
+    (tokenizer, encoder), (tokenizer_2, encoder_2) = (
+        clip(path, suffix, projected=True) for suffix in ("", "_2")
+    )
+    tokenizer_3, encoder_3 = t5(path, "_3") if with_t5 else (None, None)
+    transformer = SD3Transformer2DModel.from_pretrained(path / "transformer")
+    pipeline = StableDiffusion3Pipeline(
+        transformer, None, None, encoder, tokenizer, encoder_2, tokenizer_2, encoder_3, tokenizer_3
+    )
+    embeds, _, pooled, _ = pipeline.encode_prompt(
+        PROMPT, None, None, do_classifier_free_guidance=False
+    )
+    return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+
+
+def told_by_flux(path: Path) -> dict[str, Tensor]:
+    (tokenizer, encoder), (tokenizer_2, encoder_2) = clip(path, ""), t5(path, "_2")
+    pipeline = FluxPipeline(None, None, encoder, tokenizer, encoder_2, tokenizer_2, None)
+    embeds, pooled, _ = pipeline.encode_prompt(PROMPT)
+    return {
+        "encoder_hidden_states": embeds,
+        "pooled_projections": pooled,
+        "guidance": torch.tensor([3.5]),
+    }
+
+
+TOLD: dict[str, Callable[[Path], dict[str, Tensor]]] = {
+    "sdxl": told_by_sdxl,
+    "pixart": told_by_pixart,
+    "sana": told_by_sana,
+    "sd3": told_by_sd3,
+    "flux": told_by_flux,
+}
+
+
+def assert_told(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+
+
+@pytest.mark.parametrize("family", MAKERS)
+@torch.no_grad()
+def test_prompts_are_encoded_as_the_pipelines_do(
+    models: dict[str, Path], backbones: dict[str, Backbone], family: str
+) -> None:
+    got = backbones[family].conditioning(CAT).kwargs
+    assert_told(dict(got), TOLD[family](models[family]))
+    other = backbones[family].conditioning(ConditionSpec()).kwargs
+    assert not torch.equal(other["encoder_hidden_states"], got["encoder_hidden_states"])
+
+
+@torch.no_grad()
+def test_sd3_without_t5_is_told_zeros(models: dict[str, Path], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(models["sd3"], tmp_path / "copy"))
+    shutil.rmtree(copy / "text_encoder_3")
+    got = load_backbone(find(copy), "cpu").conditioning(CAT).kwargs
+    assert_told(dict(got), told_by_sd3(models["sd3"], with_t5=False))
+
+
+def test_guidance_is_told_to_models_that_take_it(backbones: dict[str, Backbone]) -> None:
+    got = backbones["flux"].conditioning(ConditionSpec(guidance=1.0)).kwargs["guidance"]
+    assert got.tolist() == [1.0]
+    assert "guidance" not in backbones["sd3"].conditioning(ConditionSpec(guidance=1.0)).kwargs
+
+
+FILE_NAMES = {
+    "encoder_hidden_states": "prompt_embeds",
+    "text_embeds": "pooled_prompt_embeds",
+    "pooled_projections": "pooled_prompt_embeds",
+    "encoder_attention_mask": "prompt_attention_mask",
+}
+
+
+@pytest.mark.parametrize("family", MAKERS)
+def test_precomputed_embeddings_replace_the_text_encoders(
+    models: dict[str, Path], backbones: dict[str, Backbone], tmp_path: Path, family: str
+) -> None:
+    want = dict(backbones[family].conditioning(CAT).kwargs)
+    named = {FILE_NAMES[k]: v[0].contiguous() for k, v in want.items() if k in FILE_NAMES}
+    path = str(tmp_path / "prompt.safetensors")
+    save_file(named, path)
+    copy = Path(shutil.copytree(models[family], tmp_path / "copy"))
+    for folder in copy.glob("t*e*n*"):
+        if folder.name.startswith(("text_encoder", "tokenizer")):
+            shutil.rmtree(folder)
+    for device in ("cpu", "meta"):
+        without = load_backbone(find(copy), device)
+        got = dict(without.conditioning(ConditionSpec(prompt_embeddings=path)).kwargs)
+        assert {k: v.shape for k, v in got.items()} == {k: v.shape for k, v in want.items()}
+        if device == "cpu":
+            assert_told(got, want)
+        with pytest.raises(WeightsError, match=r"no text_encoder.*or give condition\.prompt_emb"):
+            without.conditioning(ConditionSpec())
+
+
+def test_embeddings_that_do_not_fit_are_refused(
+    backbones: dict[str, Backbone], tmp_path: Path
+) -> None:
+    path = str(tmp_path / "e.safetensors")
+    spec = ConditionSpec(prompt_embeddings=path)
+    save_file({"prompt_embeds": torch.zeros(5, 48)}, path)
+    with pytest.raises(SpecError, match=r"pooled_prompt_embeds is missing; want prompt_embeds \["):
+        backbones["sd3"].conditioning(spec)
+    save_file({"prompt_embeds": torch.zeros(5, 7)}, path)
+    with pytest.raises(SpecError, match=r"prompt_embeds \[5, 7\]; want .*\[token, 24\].*mask \[to"):
+        backbones["pixart"].conditioning(spec)
+    save_file({"prompt_embeds": torch.zeros(5, 24)}, path)
+    mask = backbones["pixart"].conditioning(spec).kwargs["encoder_attention_mask"]
+    assert mask.tolist() == [[1, 1, 1, 1, 1]]
+    (tmp_path / "e.safetensors").write_bytes(b"x")
+    with pytest.raises(SpecError, match="want a safetensors file with prompt_embeds"):
+        backbones["sana"].conditioning(spec)
+
+
+# --- the forward: plain diffusers calls ---------------------------------------------------------
+
+
+def hooked(network: nn.Module, *paths: str) -> dict[str, object]:
+    kept: dict[str, object] = {}
+    network.eval()
+    for path in paths:
+        network.get_submodule(path).register_forward_hook(
+            lambda m, args, out, path=path: kept.update({path: out})
+        )
+    return kept
+
+
+def as_map(tokens: object, height: int, width: int) -> Tensor:
+    assert isinstance(tokens, Tensor)
+    rows = [
+        torch.stack([tokens[:, y * width + x] for x in range(width)], -1) for y in range(height)
+    ]
+    return torch.stack(rows, -2)
+
+
+@torch.no_grad()
+def test_sdxl_equals_plain_diffusers(
+    models: dict[str, Path], backbones: dict[str, Backbone]
+) -> None:
+    got = denoise(backbones["sdxl"], "sdxl", ["mid_block", "up_blocks.0"])
+    network = UNet2DConditionModel.from_pretrained(models["sdxl"] / "unet")
+    kept = hooked(network, "mid_block", "up_blocks.0")
+    told = told_by_sdxl(models["sdxl"])
+    time_ids = torch.tensor([[16.0, 24.0, 0.0, 0.0, 16.0, 24.0]] * 2)
+    network(
+        latents_of(backbones["sdxl"]),
+        120,
+        encoder_hidden_states=told["encoder_hidden_states"].expand(2, -1, -1),
+        added_cond_kwargs={"text_embeds": told["text_embeds"].expand(2, -1), "time_ids": time_ids},
+    )
+    for name, want in kept.items():
+        assert torch.equal(got[name][0], want), name
+
+
+@torch.no_grad()
+def test_pixart_equals_plain_diffusers(
+    models: dict[str, Path], backbones: dict[str, Backbone]
+) -> None:
+    block, key = "transformer_blocks.1", "transformer_blocks.1.attn2.to_k"
+    got = denoise(backbones["pixart"], "pixart", [block, key])
+    network = PixArtTransformer2DModel.from_pretrained(models["pixart"] / "transformer")
+    kept = hooked(network, block, key)
+    told = told_by_pixart(models["pixart"])
+    network(
+        latents_of(backbones["pixart"]),
+        encoder_hidden_states=told["encoder_hidden_states"].expand(2, -1, -1),
+        encoder_attention_mask=told["encoder_attention_mask"].expand(2, -1),
+        timestep=torch.tensor([120, 120]),
+        added_cond_kwargs={
+            "resolution": torch.tensor([[16.0, 24.0]] * 2),
+            "aspect_ratio": torch.tensor([[16 / 24]] * 2),
+        },
+    )
+    assert torch.equal(got[block][0], as_map(kept[block], 4, 6))
+    assert torch.equal(got[key][0], kept[key])
+    assert got[key][1] == ("token", "channel")
+
+
+@torch.no_grad()
+def test_sana_equals_plain_diffusers(
+    models: dict[str, Path], backbones: dict[str, Backbone]
+) -> None:
+    got = denoise(backbones["sana"], "sana", ["transformer_blocks.1"])
+    network = SanaTransformer2DModel.from_pretrained(models["sana"] / "transformer")
+    kept = hooked(network, "transformer_blocks.1")
+    told = told_by_sana(models["sana"])
+    network(
+        latents_of(backbones["sana"]),
+        encoder_hidden_states=told["encoder_hidden_states"].expand(2, -1, -1),
+        encoder_attention_mask=told["encoder_attention_mask"].expand(2, -1),
+        timestep=torch.tensor([260.0, 260.0]),
+    )
+    want = as_map(kept["transformer_blocks.1"], 8, 12)
+    assert torch.equal(got["transformer_blocks.1"][0], want)
+
+
+@torch.no_grad()
+def test_sd3_equals_plain_diffusers_and_image_tokens_are_told_from_text(
+    models: dict[str, Path], backbones: dict[str, Backbone]
+) -> None:
+    names = ["transformer_blocks.0", "transformer_blocks.1.attn", "transformer_blocks.2"]
+    got = denoise(backbones["sd3"], "sd3", [*names, f"{names[0]}@out.0", f"{names[1]}@out.1"])
+    network = SD3Transformer2DModel.from_pretrained(models["sd3"] / "transformer")
+    kept = hooked(network, *names)
+    told = told_by_sd3(models["sd3"])
+    network(
+        latents_of(backbones["sd3"]),
+        encoder_hidden_states=told["encoder_hidden_states"].expand(2, -1, -1),
+        pooled_projections=told["pooled_projections"].expand(2, -1),
+        timestep=torch.tensor([260.0, 260.0]),
+    )
+    block, attention, last = (kept[name] for name in names)
+    assert isinstance(block, tuple)
+    assert isinstance(attention, tuple)
+    assert isinstance(last, tuple)
+    text, image = block
+    n_text = 77 + 256
+    assert (image.shape[1], text.shape[1]) == (4 * 6, n_text)
+    assert torch.equal(got[names[0]][0], as_map(image, 4, 6))
+    assert torch.equal(got[f"{names[0]}-0"][0], text)
+    assert torch.equal(got[names[1]][0], as_map(attention[0], 4, 6))
+    assert torch.equal(got[f"{names[1]}-1"][0], attention[1])
+    assert last[0] is None  # the last block has no text stream left
+    assert torch.equal(got[names[2]][0], as_map(last[1], 4, 6))
+
+
+@torch.no_grad()
+def test_flux_equals_plain_diffusers_and_image_tokens_are_told_from_text(
+    models: dict[str, Path], backbones: dict[str, Backbone]
+) -> None:
+    double, single = "transformer_blocks.1", "single_transformer_blocks.1"
+    inner = f"{single}.proj_mlp"
+    got = denoise(
+        backbones["flux"], "flux", [double, single, inner, f"{single}@in", f"{double}@out.0"]
+    )
+    network = FluxTransformer2DModel.from_pretrained(models["flux"] / "transformer")
+    kept = hooked(network, double, single, inner, "single_transformer_blocks.0")
+    told = told_by_flux(models["flux"])
+    x = latents_of(backbones["flux"])
+    network(
+        FluxPipeline._pack_latents(x, 2, 16, 8, 12),
+        encoder_hidden_states=told["encoder_hidden_states"].expand(2, -1, -1),
+        pooled_projections=told["pooled_projections"].expand(2, -1),
+        timestep=torch.tensor([0.26, 0.26]),
+        guidance=torch.tensor([3.5, 3.5]),
+        img_ids=FluxPipeline._prepare_latent_image_ids(2, 4, 6, "cpu", torch.float32),
+        txt_ids=torch.zeros(512, 3),
+    )
+    (text, image), (_, after), (_, before) = (
+        kept[name] for name in (double, single, "single_transformer_blocks.0")
+    )  # type: ignore[misc]
+    joint = kept[inner]
+    assert isinstance(joint, Tensor)
+    assert joint.shape[1] == 512 + 24
+    assert torch.equal(got[double][0], as_map(image, 4, 6))
+    assert torch.equal(got[f"{double}-0"][0], text)
+    assert torch.equal(got[single][0], as_map(after, 4, 6))
+    assert torch.equal(got[f"{single}-in"][0], as_map(before, 4, 6))
+    assert torch.equal(got[inner][0], as_map(joint[:, 512:], 4, 6))
+
+
+def test_packing_is_that_of_the_pipeline() -> None:
+    x = torch.randn(2, 16, 8, 12)
+    assert torch.equal(pack(x), FluxPipeline._pack_latents(x, 2, 16, 8, 12))
+    want = FluxPipeline._prepare_latent_image_ids(2, 4, 6, "cpu", torch.float32)
+    assert torch.equal(position_ids(4, 6, torch.device("cpu")), want)
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_text_stays_tokens_where_it_has_as_many_as_the_image(
+    backbones: dict[str, Backbone], tmp_path: Path, family: str
+) -> None:
+    backbone = backbones[family]
+    path = str(tmp_path / "e.safetensors")
+    config = backbone.network.config
+    n_image = 4 * 6
+    save_file(
+        {
+            "prompt_embeds": torch.randn(n_image, config.joint_attention_dim),
+            "pooled_prompt_embeds": torch.randn(config.pooled_projection_dim),
+        },
+        path,
+    )
+    block = "transformer_blocks.0"
+    text = ["context_embedder", f"{block}.ff_context", f"{block}.attn.add_q_proj"]
+    text += [f"{block}@out.0", f"{block}@in.1", f"{block}.attn@out.1", f"{block}.attn@in.1"]
+    image = [block, f"{block}.ff", f"{block}.attn.to_q", f"{block}.attn", f"{block}@in"]
+    image += [f"{block}@out.1", f"{block}@in.0"]
+    got = denoise(backbone, family, text + image, ConditionSpec(prompt_embeddings=path))
+    names = [tap.name for tap in resolve(backbone.network, [TapSpec(path=p) for p in text + image])]
+    axes = [got[name][1] for name in names]
+    assert axes == [("token", "channel")] * len(text) + [("channel", "height", "width")] * len(
+        image
+    )
+
+
+def test_a_tuple_layout_that_nobody_knows_is_refused() -> None:
+    """Older versions gave one tensor, text before image; anything else must not pass as image."""
+    tap = ResolvedTap("block", "block", "out", None)
+    layout = TokenLayout(2, 3, n_text=5)
+    joint = torch.arange(11.0).reshape(1, 11, 1)
+    x, dims = layout.arrange(tap, joint, text=False, only_image=True)
+    assert dims == ("channel", "height", "width")
+    assert x.flatten().tolist() == [5, 6, 7, 8, 9, 10]
+    with pytest.raises(TapError, match=r"5 tokens, want the image's 6 \(or 11 with the text's"):
+        layout.arrange(tap, joint[:, :5], text=False, only_image=True)
+    assert layout.arrange(tap, joint[:, :5], text=False)[1] == ("token", "channel")
+
+
+@pytest.mark.parametrize(("family", "factor"), [("sd3", 1.5305), ("flux", 0.3611)])
+def test_latents_of_16_channels_are_shifted_and_scaled(
+    models: dict[str, Path], backbones: dict[str, Backbone], family: str, factor: float
+) -> None:
+    vae = AutoencoderKL.from_pretrained(models[family] / "vae")
+    pixels = torch.rand(2, 3, 16, 24) * 2 - 1
+    with torch.no_grad():
+        got = backbones[family].encode(pixels).latents(None)
+        want = vae.encode(pixels).latent_dist.mean
+    shift = {"sd3": 0.0609, "flux": 0.1159}[family]
+    assert got.shape == (2, 16, 8, 12)
+    assert torch.equal(got, (want - shift) * factor)
+
+
+def test_a_deterministic_autoencoder_is_scaled_and_has_no_posterior(
+    models: dict[str, Path], backbones: dict[str, Backbone]
+) -> None:
+    vae = AutoencoderDC.from_pretrained(models["sana"] / "vae")
+    pixels = torch.rand(2, 3, 16, 24) * 2 - 1
+    with torch.no_grad():
+        posterior = backbones["sana"].encode(pixels)
+        want = vae.encode(pixels).latent
+    noise = torch.randn(2, 4, 8, 12)
+    assert torch.equal(posterior.latents(noise), want * 0.41407)
+    assert torch.equal(posterior.latents(noise, scale=False), want)
+
+
+# --- flow time ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("t", [0.0, 0.09, 0.26, 0.515, 1.0])
+def test_flow_corruption_is_diffusers_scale_noise_bit_for_bit(t: float) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.sigmas = torch.tensor([t])
+    scheduler.timesteps = torch.tensor([1000 * t])
+    x, noise = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    (time,) = FlowSchedule().resolve(ScheduleSpec(convention="flow", timesteps=(t,)))
+    want = scheduler.scale_noise(x, scheduler.timesteps.expand(2), noise)
+    assert torch.equal(corrupt(x, noise, time), want)
+    assert time.model_time == pytest.approx(1000 * t, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("t", "shift", "scale", "want"),
+    [
+        (0.26, None, 1000.0, (260, 0.26)),  # DiTF
+        (0.09, None, 1.0, (0.09, 0.09)),  # DiTF on DAVIS; Flux multiplies by itself
+        (0.26148, 3.0, 1000.0, (515, 0.515)),  # Seg4Diff: 28 steps of SD3, [-8]
+    ],
+)
+def test_flow_times_are_golden(
+    t: float, shift: float | None, scale: float, want: tuple[float, float]
+) -> None:
+    spec = ScheduleSpec(convention="flow", timesteps=(t,), shift=shift)
+    (time,) = FlowSchedule(scale).resolve(spec)
+    assert (time.model_time, time.sigma) == pytest.approx(want, rel=1e-3)
+    assert time.requested == t
+    assert time.convention == "flow"
+    assert time.alpha == pytest.approx(1 - time.sigma, abs=1e-7)
+
+
+def test_shift_is_that_of_diffusers() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    plain = FlowMatchEulerDiscreteScheduler()
+    requested = tuple(plain.sigmas.tolist()[::100])
+    spec = ScheduleSpec(convention="flow", timesteps=requested, shift=3.0)
+    got = [time.sigma for time in FlowSchedule().resolve(spec)]
+    assert got == pytest.approx(scheduler.sigmas.tolist()[::100], rel=1e-6)
+
+
+def test_a_convention_that_the_model_has_not_is_refused(backbones: dict[str, Backbone]) -> None:
+    with pytest.raises(SpecError, match=r"has a flow from 0 \(clean\) to 1 .*; want flow"):
+        backbones["flux"].schedule.resolve(ScheduleSpec(timesteps=(100,)))
+    with pytest.raises(SpecError, match=r"timesteps \[260\]: want 0 .* is divided by 1000"):
+        backbones["sd3"].schedule.resolve(ScheduleSpec(convention="flow", timesteps=(0.5, 260)))
+    with pytest.raises(SpecError, match=r"convention flow: .*want ddpm_index"):
+        backbones["sdxl"].schedule.resolve(ScheduleSpec(convention="flow", timesteps=(0.5,)))
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "images", "message"),
+    [
+        ("sdxl", ImageSpec(size=18), "needs multiples of 4"),
+        ("pixart", ImageSpec(size=18), "needs multiples of 4"),
+        ("sana", ImageSpec(size=17), "needs multiples of 2"),
+        ("sd3", ImageSpec(size=36), "9x9 patches; the positions of this SD3 are for at most 8x8"),
+        ("flux", ImageSpec(size=18), "needs multiples of 4"),
+        ("flux", ImageSpec(size=16, mode="L"), "1 channels; the model takes 3"),
+    ],
+)
+def test_images_that_a_model_cannot_take_are_refused(
+    backbones: dict[str, Backbone], family: str, images: ImageSpec, message: str
+) -> None:
+    with pytest.raises(SpecError, match=message):
+        backbones[family].input_shape(images)
+
+
+@pytest.mark.parametrize("family", MAKERS)
+def test_a_class_is_refused_by_models_that_take_text(
+    backbones: dict[str, Backbone], family: str
+) -> None:
+    with pytest.raises(SpecError, match="takes a prompt, not a class"):
+        backbones[family].conditioning(ConditionSpec(class_label=3))
+
+
+@pytest.mark.parametrize("family", MAKERS)
+def test_digest_sees_every_text_encoder(
+    models: dict[str, Path], tmp_path: Path, family: str
+) -> None:
+    copy = Path(shutil.copytree(models[family], tmp_path / "copy"))
+    assert find(copy).digest() == find(models[family]).digest()
+    for file in sorted(copy.glob("text_encoder*/model.safetensors")):
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        assert find(copy).digest() != find(models[family]).digest(), file.parent.name
+        file.write_bytes(whole)
+
+
+def edit_config(path: Path, **changes: object) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_what_no_adapter_knows_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(models["sdxl"], tmp_path / "sdxl"))
+    edit_config(copy / "unet", addition_embed_type="image")
+    with pytest.raises(WeightsError, match="addition_embed_type 'image'; there are adapters for"):
+        load_backbone(find(copy), "meta")
+    copy = Path(shutil.copytree(models["sana"], tmp_path / "sana"))
+    edit_config(copy / "transformer", guidance_embeds=True)
+    with pytest.raises(WeightsError, match="Sana-Sprint is trained on TrigFlow"):
+        load_backbone(find(copy), "meta")
+    edit_config(copy / "transformer", guidance_embeds=False)
+    edit_config(copy / "vae", _class_name="VQModel")
+    with pytest.raises(WeightsError, match="vae is a VQModel; want AutoencoderKL or AutoencoderDC"):
+        load_backbone(find(copy), "meta")
+
+
+@pytest.mark.parametrize(
+    ("make", "cls"),
+    [(save_tiny_dit, DiTTransformer2DModel), (save_tiny_pixart, PixArtTransformer2DModel)],
+)
+def test_class_names_of_old_repositories_are_understood(
+    tmp_path: Path, make: Callable[[Path], Path], cls: type
+) -> None:
+    path = make(tmp_path / "old")
+    edit_config(path / "transformer", _class_name="Transformer2DModel")
+    for device in ("meta", "cpu"):
+        assert type(load_backbone(find(path), device).network) is cls

@@ -1,0 +1,127 @@
+"""What every family shares, of the families with text: modules, outputs, names of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+
+from drl_data.backbones import Backbone, ModelFolder, find_model, load_backbone
+from drl_data.backbones.bundles import bundle_names
+from drl_data.backbones.inventory import tappable_modules
+from drl_data.backbones.joint import pack, position_ids, unpack
+from drl_data.errors import SpecError, TapError
+from drl_data.spec import BackboneSpec, ConditionSpec, ImageSpec, ScheduleSpec, TapSpec
+from drl_data.testing import (
+    save_tiny_flux,
+    save_tiny_pixart,
+    save_tiny_sana,
+    save_tiny_sd3,
+    save_tiny_sdxl,
+)
+
+IMAGES = ImageSpec(size=(16, 24))
+MAKERS: dict[str, Callable[..., Path]] = {
+    "sdxl": save_tiny_sdxl,
+    "pixart": save_tiny_pixart,
+    "sana": save_tiny_sana,
+    "sd3": save_tiny_sd3,
+    "flux": save_tiny_flux,
+}
+WITH_TEXT = (
+    "FLUX.1-dev",
+    "PixArt-XL-2-1024-MS",
+    "SSD-1B",
+    "stable-diffusion-3-medium",
+    "stable-diffusion-xl-base-1.0",
+)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One tiny model folder of each family."""
+    root = tmp_path_factory.mktemp("modules")
+    return {name: make(root / name) for name, make in MAKERS.items()}
+
+
+def load(path: Path, device: str) -> Backbone:
+    return load_backbone(ModelFolder.find(BackboneSpec(model=str(path))), device)
+
+
+def time_of(backbone: Backbone, t: float) -> ScheduleSpec:
+    return ScheduleSpec(convention="flow", timesteps=(t,))
+
+
+@pytest.mark.parametrize("family", ["sana", "sd3", "flux"])
+def test_the_inventory_shows_what_a_tap_gives(models: dict[str, Path], family: str) -> None:
+    meta = load(models[family], "meta")
+    modules = {m.path: m for m in meta.modules(IMAGES, ConditionSpec())}
+    taps = meta.resolve([TapSpec(path="transformer_blocks.*")])
+    (time,) = meta.schedule.resolve(time_of(meta, 0.5))
+    arrays = meta.arrays(taps, IMAGES, ConditionSpec(), time, "float32")
+    for array in arrays:
+        module = modules[array.name]
+        assert (module.dims, module.shape) == (array.dims, array.shape)
+        assert module.dims == ("channel", "height", "width")
+
+
+@pytest.mark.parametrize("family", MAKERS)
+def test_tokens_by_name_are_refused_where_they_have_none(
+    models: dict[str, Path], family: str
+) -> None:
+    meta = load(models[family], "meta")
+    block = "mid_block" if family == "sdxl" else "transformer_blocks.0"
+    taps = meta.resolve([TapSpec(path=f"{block}@out.cls")])
+    convention = "ddpm_index" if family in ("sdxl", "pixart") else "flow"
+    (time,) = meta.schedule.resolve(ScheduleSpec(convention=convention, timesteps=(0,)))
+    with pytest.raises(TapError, match="this family has no tokens named 'cls'"):
+        meta.arrays(taps, IMAGES, ConditionSpec(), time, "float32")
+
+
+def test_unpack_is_diffusers_and_the_inverse_of_pack() -> None:
+    x = torch.randn(2, 16, 8, 12)
+    tokens = pack(x)
+    assert torch.equal(unpack(tokens, 4, 6), x)
+    assert torch.equal(FluxPipeline._unpack_latents(tokens, 64, 96, 8), x)
+
+
+@torch.no_grad()
+def test_fluxs_output_is_an_image(models: dict[str, Path]) -> None:
+    backbone = load(models["flux"], "cpu")
+    x = torch.randn(2, 16, 8, 12, generator=torch.Generator().manual_seed(1))
+    (time,) = backbone.schedule.resolve(time_of(backbone, 0.26))
+    told = backbone.conditioning(ConditionSpec())
+    got, captured = backbone.denoise(x, time, told, (), lambda _tap, value, _dims: value)
+    network = FluxTransformer2DModel.from_pretrained(models["flux"] / "transformer").eval()
+    kwargs = told.expand(2)
+    (tokens,) = network(
+        pack(x),
+        timestep=torch.full((2,), time.model_time),
+        img_ids=position_ids(4, 6, torch.device("cpu")),
+        txt_ids=torch.zeros(kwargs["encoder_hidden_states"].shape[1], 3),
+        **kwargs,
+        return_dict=False,
+    )
+    assert got.shape == x.shape
+    assert not captured
+    assert torch.equal(got, FluxPipeline._unpack_latents(tokens, 64, 96, 8))
+
+
+@pytest.mark.parametrize("name", WITH_TEXT)
+def test_bundled_configurations_have_an_adapter(name: str) -> None:
+    assert name in bundle_names()
+    inventory = tappable_modules(BackboneSpec(model=f"bundled:{name}"))
+    assert inventory.n_parameters > 5e8
+    assert inventory.flops > 1e11
+    paths = {module.path for module in inventory.modules}
+    assert paths & {"mid_block", "transformer_blocks.0"}
+
+
+def test_other_weights_for_a_model_of_python_code_are_refused() -> None:
+    for changes in ({"weights": "w.safetensors"}, {"lora": "l.safetensors"}):
+        spec = BackboneSpec.model_validate({"model": "python:some.module:factory", **changes})
+        with pytest.raises(SpecError, match=r"some\.module:factory' loads its weights itself"):
+            find_model(spec)
