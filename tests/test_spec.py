@@ -57,8 +57,13 @@ CHANGES: dict[str, dict[str, object]] = {
     "precision": {"backbone_dtype": "bfloat16"},
     "posterior": {"latents": LatentSpec(posterior="mean")},
     "prompt": {"condition": ConditionSpec(prompt="a cat")},
+    "template": {"condition": ConditionSpec(template="a {label}")},
+    "caption": {"condition": ConditionSpec(caption=True)},
+    "class": {"condition": ConditionSpec(class_label="label")},
+    "guidance": {"condition": ConditionSpec(guidance=1.0)},
     "embeddings": {"condition_files": {"prompt_embeddings": "f" * 64}},
     "timestep": {"schedule": ScheduleSpec(timesteps=(0, 51))},
+    "convention": {"schedule": ScheduleSpec(timesteps=(0, 50), convention="flow")},
     "order of timesteps": {"schedule": ScheduleSpec(timesteps=(50, 0))},
     "seed": {"noise": NoiseSpec(seed=1)},
     "members": {"noise": NoiseSpec(members=2)},
@@ -102,8 +107,11 @@ def test_defaults_never_change() -> None:
             "background": (255, 255, 255), "range": (-1.0, 1.0), "max_pixels": 178_956_970,
         },
         LatentSpec(): {"posterior": "sample", "scale": True},
-        ConditionSpec(): {"prompt": "", "prompt_embeddings": None, "class_label": "null"},
-        ScheduleSpec(timesteps=(0,)): {"convention": "ddpm_index"},
+        ConditionSpec(): {
+            "prompt": "", "template": None, "caption": False, "prompt_embeddings": None,
+            "class_label": "null", "guidance": 3.5,
+        },
+        ScheduleSpec(timesteps=(0,)): {"convention": "ddpm_index", "shift": None},
         NoiseSpec(): {"kind": "per_sample", "seed": 0, "members": 1, "per_timestep": False},
         TapSpec(path="x"): {"name": None, "reduce": ()},
     }  # fmt: skip
@@ -180,6 +188,7 @@ def test_short_forms_mean_the_long_ones() -> None:
         ({"images": {}}, r"images\.size: missing"),
         ({"images": {"size": 8, "filter": "x"}}, r"images\.filter: Input should be 'nearest'"),
         ({"schedule": {"timesteps": [1, 1]}}, "want at least one, none twice"),
+        ({"schedule": {"timesteps": [1], "shift": 3}}, "a meaning with convention: flow only"),
         ({"noise": {"kind": "none", "members": 2}}, "have no meaning with kind: none"),
         ({"features": {"batch_size": 3, "rows_per_unit": 8}}, "not a multiple of batch_size 3"),
     ],
@@ -187,6 +196,12 @@ def test_short_forms_mean_the_long_ones() -> None:
 def test_a_wrong_file_says_where_and_what(change: dict[str, object], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         Pipeline.parse({**MINIMAL, **change})
+
+
+def test_whole_timesteps_are_equal_however_they_are_written() -> None:
+    as_floats = ScheduleSpec(timesteps=(0.0, 50.0))
+    assert SPEC.model_copy(update={"schedule": as_floats}).fingerprint() == SPEC.fingerprint()
+    assert ScheduleSpec(timesteps=(0.5,), convention="flow").timesteps == (0.5,)
 
 
 def test_every_mistake_is_named_at_once() -> None:
