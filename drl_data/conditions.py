@@ -111,7 +111,7 @@ class SampleConditions:
         self.constant = Conditioning()
         if spec.per_sample:
             if backbone.text is not None:
-                backbone.text.device = backbone.device
+                backbone.text.run_on(backbone.device)
         else:
             self.constant = backbone.conditioning(spec)
             self._release()

@@ -137,7 +137,8 @@ class ExtractTask:
             clock.add("read", batch.read_s)
             clock.add("decode", batch.decode_s)
             computed.input_bytes += batch.n_bytes
-            told = self._conditions.batch(batch.start, batch.n_rows, len(batch.pixels))
+            with clock.stage("condition"):
+                told = self._conditions.batch(batch.start, batch.n_rows, len(batch.pixels))
             invalid = _merged(batch.invalid, told.invalid)
             computed.invalid.extend(invalid)
             rows = _valid_positions(batch, invalid)

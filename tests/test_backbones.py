@@ -266,6 +266,19 @@ def test_what_a_model_cannot_take_is_refused(
         ask()
 
 
+def test_a_class_conditional_pixel_unet(models: dict[str, Path], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(models["ddpm"], tmp_path / "copy"))
+    config = json.loads((copy / "unet" / "config.json").read_text()) | {"num_class_embeds": 3}
+    UNet2DModel.from_config(config).save_pretrained(copy / "unet")
+    backbone = load_backbone(find(copy), "cpu")
+    told = backbone.conditioning(ConditionSpec(class_label=2)).kwargs
+    assert told["class_labels"].tolist() == [2]
+    with pytest.raises(SpecError, match=r"class_label 3: want 0\.\.2"):
+        backbone.conditioning(ConditionSpec(class_label=3))
+    with pytest.raises(SpecError, match="without a null class; give a number"):
+        backbone.conditioning(ConditionSpec())
+
+
 def test_a_hub_id_needs_a_revision() -> None:
     with pytest.raises(SpecError, match=r"'owner/name' is a hub id and needs backbone\.revision"):
         ModelFolder.find(BackboneSpec(model="owner/name"))

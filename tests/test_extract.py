@@ -561,7 +561,7 @@ def test_content_changes_the_fingerprint(
 
 def test_stage_times_are_recorded(photos: Path, sd: Path, tmp_path: Path) -> None:
     summary: RunSummary = extract(pipeline(photos, sd, tmp_path / "s"))
-    stages = {"read", "decode", "encode", "denoise", "copy", "write", "wait"}
+    stages = {"read", "decode", "condition", "encode", "denoise", "copy", "write", "wait"}
     for receipt in summary.store.receipts().values():
         assert set(receipt.run.seconds) == stages
         assert receipt.run.peak_bytes > 0

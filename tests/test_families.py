@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -28,6 +30,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
@@ -44,9 +47,18 @@ from drl_data.backbones import Backbone, ModelFolder, load_backbone
 from drl_data.backbones.joint import pack, position_ids
 from drl_data.backbones.tokens import TokenLayout
 from drl_data.errors import SpecError, TapError, WeightsError
+from drl_data.noise import draw_normal
+from drl_data.runs import extract
 from drl_data.schedule import corrupt
 from drl_data.schedule_flow import FlowSchedule
-from drl_data.spec import BackboneSpec, ConditionSpec, ImageSpec, ScheduleSpec, TapSpec
+from drl_data.spec import (
+    BackboneSpec,
+    ConditionSpec,
+    ImageSpec,
+    Pipeline,
+    ScheduleSpec,
+    TapSpec,
+)
 from drl_data.taps import ResolvedTap, resolve
 from drl_data.testing import (
     save_tiny_dit,
@@ -55,6 +67,7 @@ from drl_data.testing import (
     save_tiny_sana,
     save_tiny_sd3,
     save_tiny_sdxl,
+    write_photo_tars,
 )
 
 IMAGES = ImageSpec(size=(16, 24))
@@ -605,6 +618,71 @@ def test_a_convention_that_the_model_has_not_is_refused(backbones: dict[str, Bac
         backbones["sd3"].schedule.resolve(ScheduleSpec(convention="flow", timesteps=(0.5, 260)))
     with pytest.raises(SpecError, match=r"convention flow: .*want ddpm_index"):
         backbones["sdxl"].schedule.resolve(ScheduleSpec(convention="flow", timesteps=(0.5,)))
+
+
+@torch.no_grad()
+def test_a_store_of_a_flow_model_equals_a_straight_loop(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Noise is drawn anew for each timestep, and 0.26 and 0.52 are not both 0."""
+    write_photo_tars(tmp_path, n_samples=2, n_tars=1, size=24)
+    block = "single_transformer_blocks.0"
+    store = extract(
+        Pipeline.parse(
+            {
+                "name": "flow",
+                "dataset": {"tars": str(tmp_path / "*.tar")},
+                "images": {"size": [16, 24], "resize": "stretch"},
+                "backbone": {"model": str(models["flux"])},
+                "condition": {"prompt": PROMPT},
+                "latents": {"posterior": "mean"},
+                "schedule": {"convention": "flow", "timesteps": [0.26, 0.52]},
+                "noise": {"per_timestep": True},
+                "taps": [block],
+                "features": {"dtype": "float32", "batch_size": 2, "rows_per_unit": 2},
+                "store": {"url": str(tmp_path / "s.zarr")},
+            }
+        )
+    ).store
+    keys, images = read_photos(tmp_path / "photos-000000.tar")
+    vae = AutoencoderKL.from_pretrained(models["flux"] / "vae").eval()
+    network = FluxTransformer2DModel.from_pretrained(models["flux"] / "transformer")
+    kept = hooked(network, block)
+    told = told_by_flux(models["flux"])
+    clean = (vae.encode(images).latent_dist.mean - 0.1159) * 0.3611
+    for i, t in enumerate((0.26, 0.52)):
+        noise = torch.stack(
+            [
+                torch.from_numpy(draw_normal((16, 8, 12), "noise", 0, "key", key, 0, t))
+                for key in keys
+            ]
+        )
+        sigma = torch.tensor(t)
+        network(
+            FluxPipeline._pack_latents((1 - sigma) * clean + sigma * noise, 2, 16, 8, 12),
+            encoder_hidden_states=told["encoder_hidden_states"].expand(2, -1, -1),
+            pooled_projections=told["pooled_projections"].expand(2, -1),
+            timestep=torch.tensor([t, t]),
+            guidance=torch.tensor([3.5, 3.5]),
+            img_ids=FluxPipeline._prepare_latent_image_ids(2, 4, 6, "cpu", torch.float32),
+            txt_ids=torch.zeros(512, 3),
+        )
+        (_, image) = kept[block]  # type: ignore[misc]
+        got = torch.tensor(store.read_unit(block, i, store.units[0]))
+        assert torch.equal(got, as_map(image, 4, 6))
+        assert store.time_index(t) == i
+
+
+def read_photos(path: Path) -> tuple[list[str], Tensor]:
+    """Keys and pixels -1..1 of a tar, stretched to 16 x 24."""
+    keys, images = [], []
+    with tarfile.open(path) as tar:
+        for name in sorted(n for n in tar.getnames() if n.endswith(".jpg")):
+            image = Image.open(tar.extractfile(name)).convert("RGB")
+            image = image.resize((24, 16), Image.Resampling.BICUBIC)
+            keys.append(name.removesuffix(".jpg"))
+            images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 * 2 - 1)
+    return keys, torch.stack(images)
 
 
 # --- files --------------------------------------------------------------------------------------

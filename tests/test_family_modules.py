@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
@@ -14,13 +15,16 @@ from drl_data.backbones.bundles import bundle_names
 from drl_data.backbones.inventory import tappable_modules
 from drl_data.backbones.joint import pack, position_ids, unpack
 from drl_data.errors import SpecError, TapError
-from drl_data.spec import BackboneSpec, ConditionSpec, ImageSpec, ScheduleSpec, TapSpec
+from drl_data.runs import extract, prepare
+from drl_data.spec import BackboneSpec, ConditionSpec, ImageSpec, Pipeline, ScheduleSpec, TapSpec
 from drl_data.testing import (
     save_tiny_flux,
     save_tiny_pixart,
     save_tiny_sana,
     save_tiny_sd3,
     save_tiny_sdxl,
+    save_tiny_stable_diffusion,
+    write_photo_tars,
 )
 
 IMAGES = ImageSpec(size=(16, 24))
@@ -125,3 +129,58 @@ def test_other_weights_for_a_model_of_python_code_are_refused() -> None:
         spec = BackboneSpec.model_validate({"model": "python:some.module:factory", **changes})
         with pytest.raises(SpecError, match=r"some\.module:factory' loads its weights itself"):
             find_model(spec)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six samples, whose captions are `a temple` and `a flower` in turn."""
+    return write_photo_tars(tmp_path_factory.mktemp("photos"), n_samples=6, n_tars=1, size=16)
+
+
+def inversion(photos: Path, model: Path, store: Path, **condition: object) -> Pipeline:
+    return Pipeline.parse(
+        {
+            "name": "inversion",
+            "dataset": {"tars": str(photos / "*.tar")},
+            "images": {"size": 16},
+            "backbone": {"model": str(model)},
+            "condition": condition,
+            "schedule": {
+                "convention": "generation_label",
+                "timesteps": [1, 3],
+                "n_steps": 4,
+                "scheduler": "DDIMScheduler",
+            },
+            "noise": {"kind": "inversion"},
+            "taps": ["**.attn1.to_q"],
+            "features": {"dtype": "float32", "batch_size": 4, "rows_per_unit": 4},
+            "store": {"url": str(store)},
+        }
+    )
+
+
+def test_an_inversion_tells_each_sample_its_own_text(photos: Path, tmp_path: Path) -> None:
+    model = save_tiny_stable_diffusion(tmp_path / "sd")
+
+    def rows(name: str, **condition: object) -> np.ndarray:
+        store = extract(inversion(photos, model, tmp_path / name, **condition)).store
+        units, array = store.units, store.arrays[-1].name
+        return np.stack(
+            [np.concatenate([store.read_unit(array, t, u) for u in units]) for t in range(2)], 1
+        )
+
+    mixed = rows("mixed", caption=True)
+    for label, prompt in enumerate(["a temple", "a flower"]):
+        alone = rows(f"only{label}", prompt=prompt)
+        np.testing.assert_array_equal(mixed[label::2], alone[label::2])
+        assert not np.array_equal(mixed[1 - label :: 2], alone[1 - label :: 2])
+
+
+def test_flops_of_conditions_that_differ_are_those_of_one(photos: Path, tmp_path: Path) -> None:
+    model = save_tiny_stable_diffusion(tmp_path / "sd")
+    conditions = ConditionSpec(template="a {label}"), ConditionSpec(prompt="a cat")
+    told = {"template": "a {label}"}
+    prepared = prepare(inversion(photos, model, tmp_path / "s", **told))
+    one, other = (prepared.flops(condition) for condition in conditions)
+    assert one == other
+    assert one.whole > one.cut > 0

@@ -58,6 +58,10 @@ CHANGES: dict[str, dict[str, object]] = {
     "precision": {"backbone_dtype": "bfloat16"},
     "posterior": {"latents": LatentSpec(posterior="mean")},
     "prompt": {"condition": ConditionSpec(prompt="a cat")},
+    "template": {"condition": ConditionSpec(template="a {label}")},
+    "caption": {"condition": ConditionSpec(caption=True)},
+    "class": {"condition": ConditionSpec(class_label="label")},
+    "guidance": {"condition": ConditionSpec(guidance=1.0)},
     "embeddings": {"condition_files": {"prompt_embeddings": "f" * 64}},
     "timestep": {"schedule": ScheduleSpec(timesteps=(0, 51))},
     "order of timesteps": {"schedule": ScheduleSpec(timesteps=(50, 0))},
@@ -66,6 +70,8 @@ CHANGES: dict[str, dict[str, object]] = {
     "one posterior draw": {"latents": LatentSpec(per_member=False)},
     "scale per channel": {"latents": LatentSpec(scale="per_channel")},
     "convention": {"schedule": ScheduleSpec(convention="learned", timesteps=(0, 50))},
+    "flow": {"schedule": ScheduleSpec(timesteps=(0, 50), convention="flow")},
+    "shift": {"schedule": ScheduleSpec(timesteps=(0, 50), convention="flow", shift=3)},
     "told time": {"schedule": ScheduleSpec(timesteps=(0, 50), condition_at=25)},
     "unit of time": {"schedule": ScheduleSpec(timesteps=(0, 50), model_time="fraction")},
     "kind of noise": {"noise": NoiseSpec(kind="bank")},
@@ -112,10 +118,13 @@ def test_defaults_never_change() -> None:
             "background": (255, 255, 255), "range": (-1.0, 1.0), "max_pixels": 178_956_970,
         }),
         (LatentSpec(), {"posterior": "sample", "scale": True, "per_member": True}),
-        (ConditionSpec(), {"prompt": "", "prompt_embeddings": None, "class_label": "null"}),
+        (ConditionSpec(), {
+            "prompt": "", "template": None, "caption": False, "prompt_embeddings": None,
+            "class_label": "null", "guidance": 3.5,
+        }),
         (ScheduleSpec(timesteps=(0,)), {
             "convention": "ddpm_index", "condition_at": "same", "n_steps": None,
-            "scheduler": None, "scheduler_config": {}, "model_time": "index",
+            "scheduler": None, "scheduler_config": {}, "model_time": "index", "shift": None,
         }),
         (NoiseSpec(), {
             "kind": "per_sample", "seed": 0, "members": 1, "per_timestep": False,
@@ -204,6 +213,7 @@ def test_short_forms_mean_the_long_ones() -> None:
         ({"schedule": {"timesteps": [-8], "convention": "scheduler_position"}}, "needs n_steps"),
         ({"noise": {"kind": "inversion", "members": 2}}, "have no meaning with kind: inversion"),
         ({"noise": {"shared_base": 64}}, "shared_base has no meaning with kind: per_sample, only"),
+        ({"schedule": {"timesteps": [1], "shift": 3}}, "a meaning with convention: flow only"),
         ({"noise": {"kind": "none", "members": 2}}, "have no meaning with kind: none"),
         ({"features": {"batch_size": 3, "rows_per_unit": 8}}, "not a multiple of batch_size 3"),
     ],
@@ -211,6 +221,12 @@ def test_short_forms_mean_the_long_ones() -> None:
 def test_a_wrong_file_says_where_and_what(change: dict[str, object], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         Pipeline.parse({**MINIMAL, **change})
+
+
+def test_whole_timesteps_are_equal_however_they_are_written() -> None:
+    as_floats = ScheduleSpec(timesteps=(0.0, 50.0))
+    assert SPEC.model_copy(update={"schedule": as_floats}).fingerprint() == SPEC.fingerprint()
+    assert ScheduleSpec(timesteps=(0.5,), convention="flow").timesteps == (0.5,)
 
 
 def test_every_mistake_is_named_at_once() -> None:

@@ -44,12 +44,12 @@ class ClipStates:
 class TextEncoders:
     """The text encoders of a model folder, loaded when first asked for and kept until released.
 
-    They run on the CPU unless `device` is set: for one prompt a run, the GPU's memory is worth
-    more than the seconds.
+    They run on the CPU unless `run_on` says otherwise: for one prompt a run, the GPU's memory is
+    worth more than the seconds.
     """
 
     def __init__(self, folder: ModelFolder) -> None:
-        self.device = torch.device("cpu")
+        self._device = torch.device("cpu")
         self._folder = folder
         self._loaded: dict[str, tuple[PreTrainedTokenizerBase, PreTrainedModel]] = {}
 
@@ -87,7 +87,7 @@ class TextEncoders:
         tokenizer, encoder = self._load(suffix, CLIPTokenizer, encoder_class)
         ids = tokenizer(
             prompt, padding="max_length", truncation=True, return_tensors="pt"
-        ).input_ids.to(self.device)
+        ).input_ids.to(self._device)
         with torch.no_grad():
             out = encoder(ids, output_hidden_states=True)
         pooled = out.text_embeds if projected else out.pooler_output
@@ -105,6 +105,16 @@ class TextEncoders:
 
         return self._last(suffix, prompt, n_tokens, (GemmaTokenizer, Gemma2Model), masked=True)
 
+    @property
+    def n_loaded(self) -> int:
+        """Encoders in memory."""
+        return len(self._loaded)
+
+    def run_on(self, device: torch.device) -> None:
+        """Run on another device from now on."""
+        self.release()
+        self._device = device
+
     def release(self) -> None:
         """Free the encoders; they are loaded again if asked for."""
         self._loaded.clear()
@@ -120,7 +130,7 @@ class TextEncoders:
             max_length=n_tokens,
             truncation=True,
             return_tensors="pt",
-        ).to(self.device)
+        ).to(self._device)
         with torch.no_grad():
             out = encoder(
                 tokens.input_ids, attention_mask=tokens.attention_mask if masked else None
@@ -140,7 +150,7 @@ class TextEncoders:
                     tokenizer_path, local_files_only=True
                 )
             encoder = load_component(self._folder, encoder_path, encoder_class).eval()
-            self._loaded[suffix] = tokenizer, encoder.to(self.device)
+            self._loaded[suffix] = tokenizer, encoder.to(self._device)
         return self._loaded[suffix]
 
 

@@ -61,6 +61,9 @@ class PixelUNetBackbone(Backbone):
         if spec.class_label == "null":
             raise SpecError("condition.class_label: this model is class-conditional without a "
                             "null class; give a number")  # fmt: skip
+        n_classes = self.network.config.num_class_embeds
+        if n_classes is not None and not 0 <= spec.class_label < n_classes:
+            raise SpecError(f"condition.class_label {spec.class_label}: want 0..{n_classes - 1}")
         return Conditioning({"class_labels": torch.tensor([spec.class_label], device=self.device)})
 
     def forward(self, x: Tensor, model_time: Tensor, kwargs: Mapping[str, Tensor]) -> object:
