@@ -68,6 +68,11 @@ def semantic_encoder(spec: BackboneSpec, device: torch.device) -> SemanticEncode
     return SemanticEncoderBackbone(network, NoSchedule(), device)
 
 
+def semantic_encoder_again(spec: BackboneSpec, device: torch.device) -> SemanticEncoderBackbone:
+    """Another factory of the same weights."""
+    return semantic_encoder(spec, device)
+
+
 class JointModel(nn.Module):
     """A U-Net of three levels; `skip_of.I` is what level I hands over to the decoder."""
 

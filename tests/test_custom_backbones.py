@@ -108,6 +108,7 @@ def test_the_digest_is_the_factory_s_word(weights: Path) -> None:
     moved.write_bytes(weights.read_bytes())
     assert first == digest()
     assert digest(model=JOINT) != first
+    assert digest(model=f"{ENCODER}_again") != first
     assert digest(model=JOINT, init_seed=1) != digest(model=JOINT)
     assert digest(init="random") != first
     data = bytearray(weights.read_bytes())

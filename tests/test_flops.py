@@ -53,6 +53,13 @@ def test_modules_come_in_order_with_what_is_done_at_their_end() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_a_module_that_is_called_twice_counts_to_the_end_of_its_first_call() -> None:
+    shared = nn.Linear(4, 4)
+    calls, total = trace(model := nn.Sequential(shared, shared), lambda: model(torch.zeros(1, 4)))
+    assert [(c.path, c.flops_through) for c in calls] == [("0", 32)]
+    assert total == 64
+
+
 def test_savings_and_sums() -> None:
     flops = FeatureFlops(whole=100, cut=55, encode=30)
     assert flops.saving == pytest.approx(0.45)

@@ -17,6 +17,7 @@ from drl_data.backbones import Conditioning, find_model, load_backbone
 from drl_data.errors import SpecError
 from drl_data.features import FeatureComputer
 from drl_data.noise import batch_noise
+from drl_data.schedule import NoiseSchedule
 from drl_data.schedule_edm import EDMSchedule, precondition, sigma_ladder
 from drl_data.spec import (
     BackboneSpec,
@@ -72,10 +73,10 @@ def test_network_input_and_target_have_unit_variance(sigma: float) -> None:
     assert ((1 - c.c_skip) ** 2 * 0.25 + (c.c_skip * sigma) ** 2) / c.c_out**2 == pytest.approx(1)
 
 
-def spec_of(schedule: ScheduleSpec) -> FeatureSpec:
+def spec_of(schedule: ScheduleSpec, noise: NoiseSpec) -> FeatureSpec:
     return FeatureSpec(
         dataset="d", n_samples=2, weights="w", backbone_dtype="float32", images=ImageSpec(size=16),
-        latents=LatentSpec(), condition=ConditionSpec(), schedule=schedule, noise=NoiseSpec(seed=3),
+        latents=LatentSpec(), condition=ConditionSpec(), schedule=schedule, noise=noise,
         taps=(TapSpec(path="output_blocks.1"),), dtype="float32", batch_size=2, rows_per_unit=2,
         overflow="error",
     )  # fmt: skip
@@ -84,7 +85,7 @@ def spec_of(schedule: ScheduleSpec) -> FeatureSpec:
 def test_features_equal_the_equations_and_plain_diffusers(tmp_path: Path) -> None:
     """c_in (x + sigma n) here, c_in x + c_in sigma n there: equal up to float32's rounding."""
     root = save_tiny_edm(tmp_path / "edm")
-    spec = spec_of(ScheduleSpec(convention="edm_index", timesteps=(4, 7)))
+    spec = spec_of(ScheduleSpec(convention="edm_index", timesteps=(4, 7)), NoiseSpec(seed=3))
     backbone = load_backbone(find_model(BackboneSpec(model=str(root))), "cpu")
     times = backbone.schedule.resolve(spec.schedule)
     computer = FeatureComputer(backbone, backbone.resolve(spec.taps), Conditioning(), times, spec)
@@ -138,3 +139,31 @@ def test_noise_levels_between_whole_numbers_draw_their_own_noise() -> None:
     draws = [batch_noise(spec, ["a"], (4,), timestep=t) for t in (0.05, 0.1, 0)]
     assert all(draw is not None for draw in draws)
     assert len({tuple(draw.flatten().tolist()) for draw in draws if draw is not None}) == 3
+
+
+def test_noise_levels_below_1_draw_their_own_noise(tmp_path: Path) -> None:
+    """With `per_timestep`: 0.05 and 0.1 are two timesteps, not both 0."""
+    noise = NoiseSpec(per_timestep=True)
+    spec = spec_of(ScheduleSpec(convention="edm_sigma", timesteps=(0.05, 0.1)), noise)
+    spec = spec.model_copy(update={"taps": (TapSpec(path="conv_in@in"),)})
+    model = find_model(BackboneSpec(model=str(save_tiny_edm(tmp_path / "edm"))))
+    backbone = load_backbone(model, "cpu")
+    times = backbone.schedule.resolve(spec.schedule)
+    computer = FeatureComputer(backbone, backbone.resolve(spec.taps), Conditioning(), times, spec)
+    grey = np.full((1, 3, 16, 16), 128, dtype=np.uint8)
+    clean = 128 / 255 * 2 - 1
+    drawn = [
+        (features["conv_in-in"] / time.alpha - clean) / (time.sigma / time.alpha)
+        for time, (_, features) in zip(times, computer.compute(grey, ["a"]), strict=True)
+    ]
+    for noise_drawn in drawn:
+        assert float(noise_drawn.std()) == pytest.approx(1, abs=0.1)
+    assert (drawn[0] - drawn[1]).abs().max() > 0.5
+
+
+def test_discrete_timesteps_are_whole_numbers_in_their_own_convention() -> None:
+    schedule = NoiseSchedule(torch.linspace(0.99, 0.01, 1000))
+    with pytest.raises(SpecError, match=r"\[1\.5\]: this model has 1000 timesteps"):
+        schedule.resolve(ScheduleSpec(timesteps=(1.5,)))
+    with pytest.raises(SpecError, match="edm_sigma: this model has a schedule of discrete"):
+        schedule.resolve(ScheduleSpec(convention="edm_sigma", timesteps=(1.0,)))

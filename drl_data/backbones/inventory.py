@@ -40,7 +40,7 @@ def tappable_modules(spec: BackboneSpec, image_size: int | None = None) -> Inven
     images, condition = _images(backbone, image_size), _condition(backbone)
     return Inventory(
         modules=backbone.modules(images, condition),
-        aliases={out: name for name, (out, _) in reversed(list(backbone.aliases().items()))},
+        aliases={out: name for name, (out, _) in reversed(tuple(backbone.aliases().items()))},
         image_size=image_size,
         n_parameters=sum(p.numel() for p in backbone.network.parameters()),
         flops=backbone.flops((), images, condition).whole,
