@@ -66,6 +66,11 @@ class EDMSchedule:
             SpecError: for another convention, or no noise at all: c_noise is not finite there.
         """
         require_convention(spec, "EDM preconditioning", "edm_sigma", "edm_index")
+        if spec.condition_at != "same" or spec.model_time != "index":
+            raise SpecError(
+                "schedule.condition_at and model_time: an EDM network is told its own noise level "
+                "(c_noise); leave them out"
+            )
         if spec.convention == "edm_sigma":
             sigmas = [float(t) for t in spec.timesteps]
         else:

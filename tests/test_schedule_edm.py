@@ -167,3 +167,10 @@ def test_discrete_timesteps_are_whole_numbers_in_their_own_convention() -> None:
         schedule.resolve(ScheduleSpec(timesteps=(1.5,)))
     with pytest.raises(SpecError, match="edm_sigma: this model has a schedule of discrete"):
         schedule.resolve(ScheduleSpec(convention="edm_sigma", timesteps=(1.0,)))
+
+
+@pytest.mark.parametrize("change", [{"condition_at": (0.5,)}, {"model_time": "fraction"}])
+def test_an_edm_network_is_told_its_own_noise_level(change: dict[str, object]) -> None:
+    spec = ScheduleSpec(convention="edm_sigma", timesteps=(0.1,), **change)
+    with pytest.raises(SpecError, match="is told its own noise level"):
+        EDMSchedule().resolve(spec)
