@@ -220,14 +220,14 @@ def test_pixels_are_normalised_as_the_spec_says(encoders: dict[str, Path]) -> No
 
 def test_an_encoder_takes_no_noise_and_no_time(encoders: dict[str, Path]) -> None:
     model = find_model(BackboneSpec(model=str(encoders["dinov2"])))
-    arrays, times = resolve_features(model, feature_spec(), ConditionSpec())
+    arrays, times = resolve_features(model, feature_spec(), [ConditionSpec()])
     assert [a.shape for a in arrays] == [(32,)]
     assert [(t.requested, t.convention, t.alpha, t.sigma) for t in times] == [(0, "none", 1, 0)]
     with pytest.raises(SpecError, match=r"write `noise: \{kind: none\}`"):
-        resolve_features(model, feature_spec(noise=NoiseSpec()), ConditionSpec())
+        resolve_features(model, feature_spec(noise=NoiseSpec()), [ConditionSpec()])
     with pytest.raises(SpecError, match="ddpm_index: this model has no noise schedule; want none"):
         resolve_features(
-            model, feature_spec(schedule=ScheduleSpec(timesteps=(0,))), ConditionSpec()
+            model, feature_spec(schedule=ScheduleSpec(timesteps=(0,))), [ConditionSpec()]
         )
     with pytest.raises(ValidationError, match="convention none has no time"):
         ScheduleSpec(convention="none", timesteps=(0, 5))
