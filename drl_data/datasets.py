@@ -25,10 +25,11 @@ from drl_data.errors import InputError, SpecError
 from drl_data.images import read_batches
 from drl_data.index import SampleIndex
 from drl_data.plan import Unit
+from drl_data.quantise import from_storage
 from drl_data.selection import Rows, select
 from drl_data.shard_reader import gather, in_threads
 from drl_data.shards import Array
-from drl_data.spec import DType, ImageSpec
+from drl_data.spec import ArraySpec, ImageSpec
 from drl_data.store import FeatureStore
 
 BUFFER_BYTES = 256 << 20
@@ -57,11 +58,18 @@ class FeatureBatch(NamedTuple):
     pixels: torch.Tensor | None
 
 
-def as_tensor(values: Array, dtype: DType) -> torch.Tensor:
-    """The same memory as a tensor of the true type: bfloat16 comes as uint16."""
-    if dtype == "bfloat16":
-        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(values)
+def as_tensor(stored: Mapping[str, Array], array: ArraySpec) -> torch.Tensor:
+    """Features [..., *shape] from what the store holds of an array and of its scales.
+
+    The same memory as a tensor of the true type where nothing is quantised (bfloat16 comes as
+    uint16, 8-bit floating point as uint8), else float32.
+    """
+    return from_storage({name: _tensor(values) for name, values in stored.items()}, array)
+
+
+def _tensor(values: Array) -> torch.Tensor:
+    # torch has few operations on uint16, and makes none of it from NumPy in older versions.
+    return torch.from_numpy(values.view(np.int16) if values.dtype == np.uint16 else values)
 
 
 class FeatureDataset(Dataset[FeatureSample]):
@@ -120,10 +128,11 @@ class FeatureDataset(Dataset[FeatureSample]):
         rows = chosen.rows[places]
         features = {}
         for tap in chosen.taps:
-            array = self.store.array(tap)
-            values = [self.store.read_rows(tap, t, rows) for t in chosen.times]
-            together = values[0][:, None] if len(values) == 1 else np.stack(values, axis=1)
-            features[tap] = as_tensor(together, array.dtype)
+            stored = {}
+            for name in self.store.parts(tap):
+                values = [self.store.read_rows(name, t, rows) for t in chosen.times]
+                stored[name] = values[0][:, None] if len(values) == 1 else np.stack(values, axis=1)
+            features[tap] = as_tensor(stored, self.store.array(tap))
         return FeatureBatch(
             features,
             torch.from_numpy(chosen.labels[places]),
@@ -331,7 +340,8 @@ class FeatureStream(IterableDataset[FeatureBatch]):
         """Unit id -> the given rows (increasing) of that unit."""
         ids = rows // self.store.spec.rows_per_unit
         by_unit = {int(u): rows[ids == u] for u in np.unique(ids)}
-        cells = [(tap, t) for tap in self.selection.taps for t in self.selection.times]
+        names = [name for tap in self.selection.taps for name in self.store.parts(tap)]
+        cells = [(name, t) for name in names for t in self.selection.times]
         jobs = [(unit, tap, t) for unit in by_unit for tap, t in cells]
 
         def read(job: tuple[int, str, int]) -> Array:
@@ -391,13 +401,8 @@ class FeatureStream(IterableDataset[FeatureBatch]):
             parts.append((places, block, np.searchsorted(block.rows, rows[places])))
         features = {}
         for tap in chosen.taps:
-            array = self.store.array(tap)
-            first = parts[0][1].arrays[tap, chosen.times[0]]
-            out = np.empty((len(rows), len(chosen.times), *array.shape), first.dtype)
-            for column, t in enumerate(chosen.times):
-                for places, block, found in parts:
-                    gather(out[:, column], places, block.arrays[tap, t], block.positions[found])
-            features[tap] = as_tensor(out, array.dtype)
+            stored = {name: self._joined(name, rows, parts) for name in self.store.parts(tap)}
+            features[tap] = as_tensor(stored, self.store.array(tap))
         pixels = None
         if self._images is not None:
             spec = self._images[1]
@@ -414,6 +419,16 @@ class FeatureStream(IterableDataset[FeatureBatch]):
             torch.from_numpy(rows.copy()),
             pixels,
         )
+
+    def _joined(self, name: str, rows: Rows, parts: Sequence[tuple[Rows, _Block, Rows]]) -> Array:
+        """Stored values [b, t, *shape] of one array from the blocks of several units."""
+        times = self.selection.times
+        first = parts[0][1].arrays[name, times[0]]
+        out = np.empty((len(rows), len(times), *self.store.array(name).shape), first.dtype)
+        for column, t in enumerate(times):
+            for places, block, found in parts:
+                gather(out[:, column], places, block.arrays[name, t], block.positions[found])
+        return out
 
 
 def _most(unit: Unit, rows: Rows) -> bool:

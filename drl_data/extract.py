@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import itertools
+import math
 import queue
 import resource
 import socket
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
@@ -27,10 +28,11 @@ from torch import Tensor
 from drl_data.backbones import Backbone, ModelFolder, load_backbone
 from drl_data.errors import FeatureError, StoreMismatchError, TapError
 from drl_data.features import FeatureComputer
+from drl_data.fits import fitted
 from drl_data.images import ImageBatch, read_batches
 from drl_data.plan import InvalidRow, Unit
-from drl_data.receipts import Receipt, RunRecord, UnitCounts
-from drl_data.reduce import TORCH_DTYPES, to_storage
+from drl_data.quantise import companions, damage, from_storage, storage_buffer, to_storage
+from drl_data.receipts import Damage, Receipt, RunRecord, UnitCounts
 from drl_data.spec import (
     ArraySpec,
     BackboneSpec,
@@ -41,7 +43,7 @@ from drl_data.spec import (
     file_digest,
 )
 from drl_data.store import FeatureStore
-from drl_data.taps import ResolvedTap, resolve
+from drl_data.taps import ResolvedTap
 
 RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "numpy", "pillow", "drl-data")
 
@@ -55,9 +57,14 @@ class ExtractTask:
     """
 
     def __init__(
-        self, store: FeatureStore, computers: Sequence[FeatureComputer], run: RunSpec
+        self,
+        store: FeatureStore,
+        computers: Sequence[FeatureComputer],
+        run: RunSpec,
+        fits: Mapping[str, int] | None = None,
     ) -> None:
         self._store = store
+        self._fits = dict(fits or {})
         self._spec = store.spec
         self._index = store.index
         self._run = run
@@ -77,8 +84,9 @@ class ExtractTask:
             ObjectError: storage that failed.
         """
         clock = Clock(self._device)
-        per_row = sum(array.bytes_per_row for array in self._store.arrays)
-        features_bytes = len(self._store.times) * unit.n_rows * per_row
+        n_times = len(self._store.times)
+        per_row = sum(a.n_times(n_times) * a.bytes_per_row for a in self._store.arrays)
+        features_bytes = unit.n_rows * per_row
         prefetch_bytes = max(self._run.memory_bytes // 32, 1)
         with self._budget.reserve(features_bytes + prefetch_bytes):
             batches = read_batches(
@@ -107,23 +115,27 @@ class ExtractTask:
                     device=_device_name(self._device),
                     versions=_versions(),
                     attempt=attempt,
+                    damage=computed.damage,
                 ),
-                UnitCounts(input_bytes=computed.input_bytes, clipped=computed.clipped),
+                UnitCounts(
+                    input_bytes=computed.input_bytes, clipped=computed.clipped, fits=self._fits
+                ),
             )
 
     def _compute_unit(
         self, unit: Unit, batches: Iterator[ImageBatch], computer: FeatureComputer, clock: Clock
     ) -> _Computed:
         features = {
-            array.name: torch.empty(
-                (len(self._store.times), unit.n_rows, *array.shape),
-                dtype=TORCH_DTYPES[array.dtype],
-                pin_memory=self._device.type == "cuda",
+            array.name: storage_buffer(
+                array,
+                (array.n_times(len(self._store.times)), unit.n_rows),
+                pinned=self._device.type == "cuda",
             )
             for array in self._store.arrays
         }
         computed = _Computed(features)
         overflowed: list[tuple[str, int, Tensor]] = []
+        measured = _Measured()
         for batch in clock.waiting(batches):
             clock.add("read", batch.read_s)
             clock.add("decode", batch.decode_s)
@@ -138,13 +150,18 @@ class ExtractTask:
                 with clock.stage("copy"):
                     for name, x in captured.items():
                         chosen = x[: batch.n_rows] if len(rows) == batch.n_rows else x[rows]
-                        cast, count = to_storage(
-                            chosen, self._spec.dtype, clip=self._spec.overflow == "clip"
+                        array = self._store.array(name)
+                        stored, count = to_storage(
+                            chosen, array, clip=self._spec.overflow == "clip"
                         )
                         overflowed.append((name, t, count))
-                        _copy_rows(features[name][t], place, cast)
+                        for part, cast in stored.items():
+                            _copy_rows(features[part][array.time_index(t)], place, cast)
+                        if unit.id == 0 and batch.start == unit.start:
+                            measured.add(name, chosen, from_storage(stored, array))
         clock.synchronize()
         computed.clipped = self._check_overflow(unit, overflowed)
+        computed.damage = measured.damage()
         return computed
 
     def _check_overflow(
@@ -207,11 +224,13 @@ def make_task(
     computer = FeatureComputer(
         loaded, _frozen_taps(loaded, store), loaded.conditioning(condition), store.times, store.spec
     )
-    if loaded.device.type != "cpu":
-        return ExtractTask(store, [computer], run)
-    torch.set_num_threads(1)
-    replicas = [computer.replica() for _ in range(n_cpus - 1)]
-    return ExtractTask(store, [computer, *replicas], run)
+    on_cpu = loaded.device.type == "cpu"
+    if on_cpu:
+        torch.set_num_threads(1)
+    fits, checksums = fitted(store, computer, run)
+    computer = computer.with_taps(computer.taps, fits)
+    replicas = [computer.replica() for _ in range(n_cpus - 1)] if on_cpu else []
+    return ExtractTask(store, [computer, *replicas], run, checksums)
 
 
 def condition_files(condition: ConditionSpec) -> dict[str, str]:
@@ -229,10 +248,10 @@ def resolve_features(
         SpecError, TapError: if the model cannot do what the spec asks for.
     """
     backbone = load_backbone(folder, "meta")
-    taps = resolve(backbone.network, spec.taps)
+    taps = backbone.resolve(spec.taps)
     times = backbone.schedule.resolve(spec.schedule)
     arrays = backbone.arrays(taps, spec.images, condition, times[0], spec.dtype)
-    return arrays, times
+    return tuple(part for array in arrays for part in (array, *companions(array))), times
 
 
 def use_exact_float32() -> None:
@@ -243,9 +262,9 @@ def use_exact_float32() -> None:
 
 def _frozen_taps(backbone: Backbone, store: FeatureStore) -> tuple[ResolvedTap, ...]:
     """The taps resolved against this model, refused if they are not those that the store froze."""
-    taps = resolve(backbone.network, store.spec.taps)
+    taps = backbone.resolve(store.spec.taps)
     now = [(tap.name, tap.address) for tap in taps]
-    frozen = [(array.name, array.tap) for array in store.arrays]
+    frozen = [(array.name, array.tap) for array in store.features]
     if now != frozen:
         raise TapError(
             f"{store.url}: the taps resolve differently than when the store was made.\n"
@@ -264,6 +283,27 @@ class _Computed:
     invalid: list[InvalidRow] = field(default_factory=list)
     input_bytes: int = 0
     clipped: dict[str, int] = field(default_factory=dict)
+    damage: dict[str, Damage] = field(default_factory=dict)
+
+
+class _Measured:
+    """Features of one batch as computed and as stored, to say what storing them costs."""
+
+    def __init__(self) -> None:
+        self._pairs: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+
+    def add(self, name: str, exact: Tensor, stored: Tensor) -> None:
+        """Features [b, ...] at one timestep."""
+        self._pairs[name].append((exact.float(), stored.float()))
+
+    def damage(self) -> dict[str, Damage]:
+        """By array, over all timesteps; without what is not finite and will not be stored."""
+        found: dict[str, Damage] = {}
+        for name, pairs in self._pairs.items():
+            error, cosine = damage([exact for exact, _ in pairs], [stored for _, stored in pairs])
+            if math.isfinite(error) and math.isfinite(cosine):
+                found[name] = Damage(relative_rmse=error, cosine=cosine)
+        return found
 
 
 def _valid_positions(batch: ImageBatch) -> list[int]:

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from drl_data.backbones import Backbone, Conditioning
 from drl_data.noise import batch_noise
-from drl_data.reduce import reduce
 from drl_data.schedule import corrupt
 from drl_data.spec import FeatureSpec, NoiseSpec, ResolvedTime
+from drl_data.tap_reducer import Fits, TapReducer
 from drl_data.taps import ResolvedTap
 
 
@@ -48,9 +48,13 @@ class FeatureComputer:
         conditioning: Conditioning,
         times: Sequence[ResolvedTime],
         spec: FeatureSpec,
+        fits: Fits | None = None,
     ) -> None:
         self.backbone = backbone
-        self._taps = tuple(taps)
+        self.taps = tuple(taps)
+        self._fits = fits
+        self.dims: dict[str, tuple[str, ...]] = {}
+        """Names of the axes of each array that `compute` has given."""
         self._conditioning = conditioning
         self._times = tuple(times)
         self._spec = spec
@@ -58,7 +62,13 @@ class FeatureComputer:
     def replica(self) -> FeatureComputer:
         """Another computer on the same weights, for another thread: hooks are not shared."""
         other = copy.copy(self)
-        other.backbone = self.backbone.replica()
+        other.backbone, other.dims = self.backbone.replica(), {}
+        return other
+
+    def with_taps(self, taps: Sequence[ResolvedTap], fits: Fits | None = None) -> FeatureComputer:
+        """The same computer for other taps, or with fitted reductions; for the same thread."""
+        other = copy.copy(self)
+        other.taps, other._fits, other.dims = tuple(taps), fits, {}
         return other
 
     @torch.no_grad()
@@ -68,26 +78,38 @@ class FeatureComputer:
         """(position of the timestep, {array: features [b, *shape]}) for each timestep in turn.
 
         `pixels` is uint8 [b, c, H, W], `keys` names its samples; the features are on the backbone's
-        device in its dtype (float32 if averaged over members). The image is encoded once, whatever
-        the number of timesteps and members.
+        device in its dtype, or float32 (averages over members, some reductions). The image is
+        encoded once, whatever the number of timesteps and members. What is the same at every
+        timestep comes with the first one, what is averaged over them with the last.
         """
         spec = self._spec
+        reducer = TapReducer(self.taps, n_times=len(self._times), fits=self._fits)
         with clock.stage("encode"):
-            posterior = self.backbone.encode(self._scaled(pixels))
+            reducer.start(0, spec.noise.members)
+            posterior = self.backbone.encode_and_tap(
+                self._scaled(pixels), reducer.encoder, reducer.take
+            )
             latents = [
                 posterior.latents(
                     self._posterior_noise(keys, member, posterior.mean), scale=spec.latents.scale
                 )
                 for member in range(spec.noise.members)
             ]
+            for x in latents:
+                self.backbone.decode_and_tap(
+                    x, reducer.decoder, reducer.take, scaled=spec.latents.scale
+                )
+            timeless = reducer.finish()
             noise = self._noise(keys, latents, None)
         for t, when in enumerate(self._times):
             with clock.stage("denoise"):
                 if spec.noise.per_timestep:
                     noise = self._noise(keys, latents, int(when.requested))
                 noisy = [corrupt(x, eps, when) for x, eps in zip(latents, noise, strict=True)]
-                features = self._features_at(noisy, when)
-            yield t, features
+                features = self._features_at(t, noisy, reducer)
+            self.dims.update(reducer.dims)
+            yield t, features | timeless
+            timeless = {}
 
     def _scaled(self, pixels: npt.NDArray[np.uint8]) -> Tensor:
         """uint8 0..255 mapped onto the range of the image spec, in the backbone's dtype."""
@@ -113,25 +135,11 @@ class FeatureComputer:
         ]
         return [None if e is None else e.to(x) for e, x in zip(drawn, latents, strict=True)]
 
-    def _features_at(self, noisy: Sequence[Tensor], when: ResolvedTime) -> dict[str, Tensor]:
+    def _features_at(
+        self, t: int, noisy: Sequence[Tensor], reducer: TapReducer
+    ) -> dict[str, Tensor]:
         """Features of one timestep: the mean over members in float32, then the reductions."""
-        sums: dict[str, Tensor] = {}
-        dims_of: dict[str, tuple[str, ...]] = {}
-
-        def take(tap: ResolvedTap, x: Tensor, dims: tuple[str, ...]) -> Tensor:
-            if len(noisy) == 1:
-                # A copy where nothing reduces: the model may go on to change x in place.
-                return reduce(x, dims, tap.reduce)[0] if tap.reduce else x.clone()
-            dims_of[tap.name] = dims
-            sums[tap.name] = sums[tap.name] + x if tap.name in sums else x.float().clone()
-            return x
-
-        captured: dict[str, Tensor] = {}
+        reducer.start(t, len(noisy))
         for x in noisy:
-            captured = self.backbone.tap(x, when, self._conditioning, self._taps, take)
-        if len(noisy) == 1:
-            return captured
-        return {
-            tap.name: reduce(sums[tap.name] / len(noisy), dims_of[tap.name], tap.reduce)[0]
-            for tap in self._taps
-        }
+            self.backbone.tap(x, self._times[t], self._conditioning, reducer.denoiser, reducer.take)
+        return reducer.finish()

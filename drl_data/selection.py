@@ -54,7 +54,7 @@ def select(
         SpecError: no row is left, or nothing is asked for.
         StoreError: units are pending.
     """
-    names = tuple(taps) if taps is not None else tuple(array.name for array in store.arrays)
+    names = tuple(taps) if taps is not None else tuple(array.name for array in store.features)
     wanted = timesteps if timesteps is not None else [time.requested for time in store.times]
     for name in names:
         store.array(name)

@@ -37,7 +37,17 @@ FORMAT_VERSION = 1
 """Version of the store format and of the fingerprint; STORE.md says what it covers."""
 
 DType = Literal["float32", "float16", "bfloat16"]
-ITEMSIZE: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+StorageDType = Literal[DType, "float8_e4m3fn", "float8_e5m2", "int8", "uint8"]
+"""Types that features are stored in; quantise.py and STORE.md say how."""
+ITEMSIZE: Mapping[str, int] = {
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int8": 1,
+    "uint8": 1,
+}
 
 
 class Spec(BaseModel):
@@ -217,7 +227,7 @@ class NumericSpec(Spec):
     cross units and are padded to `batch_size`, so each sees one shape.
     """
 
-    dtype: DType = "float16"
+    dtype: StorageDType = "float16"
     """Type that features are stored in."""
     batch_size: Annotated[int, Field(ge=1)] = 32
     rows_per_unit: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
@@ -252,7 +262,8 @@ class ArraySpec(Spec):
     """One feature array: name, the tap that it comes from, and the shape of one row.
 
     `dims` names the axes of `shape`: ("channel", "height", "width"), ("token", "channel") or
-    ("channel",). In the store the axes ("sample", "timestep") come before them.
+    ("channel",), or those with "head" in front. In the store the axes ("sample", "timestep") come
+    before them.
     """
 
     name: str
@@ -260,7 +271,20 @@ class ArraySpec(Spec):
     """The resolved address: module path and site, without globs."""
     dims: tuple[str, ...]
     shape: tuple[int, ...]
-    dtype: DType
+    dtype: StorageDType
+    timesteps: Literal["each", "mean", "none"] = "each"
+    """`each` timestep has an entry; or there is one, their `mean`, or that of a tensor that has
+    `none` (of the VAE)."""
+    quantises: str | None = None
+    """The integer array that these are the scales or offsets of."""
+
+    def n_times(self, n_timesteps: int) -> int:
+        """Length of the array's time axis in a store of `n_timesteps`."""
+        return n_timesteps if self.timesteps == "each" else 1
+
+    def time_index(self, timestep: int) -> int:
+        """Where on that axis a timestep's features are, given its position in the store."""
+        return timestep if self.timesteps == "each" else 0
 
     @property
     def bytes_per_row(self) -> int:
@@ -291,7 +315,7 @@ class FeatureSpec(Spec):
     schedule: ScheduleSpec
     noise: NoiseSpec
     taps: tuple[TapSpec, ...]
-    dtype: DType
+    dtype: StorageDType
     batch_size: int
     rows_per_unit: int
     overflow: Literal["error", "clip"]

@@ -171,6 +171,20 @@ class FeatureStore:
     def _by_name(self) -> dict[str, ArraySpec]:
         return {a.name: a for a in self.arrays}
 
+    @property
+    def features(self) -> tuple[ArraySpec, ...]:
+        """The arrays that are features, without the scales and offsets of quantised ones."""
+        return tuple(a for a in self.arrays if a.quantises is None)
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """An array and, if it is quantised, the arrays of its scales and offsets."""
+        self.array(name)
+        return (name, *(a.name for a in self.arrays if a.quantises == name))
+
+    def n_times(self, name: str) -> int:
+        """Entries of an array's time axis: the timesteps, or 1 for all of them."""
+        return self.array(name).n_times(len(self.times))
+
     def array(self, name: str) -> ArraySpec:
         """The array of that name.
 
@@ -198,7 +212,7 @@ class FeatureStore:
         return [
             (a.name, t, self.layouts[a.name].path(a.name, t, unit.id))
             for a in self.arrays
-            for t in range(len(self.times))
+            for t in range(a.n_times(len(self.times)))
         ]
 
     # --- writing --------------------------------------------------------------------------------
@@ -213,8 +227,9 @@ class FeatureStore:
     ) -> Receipt:
         """Write one whole unit and sign it; the first signature wins.
 
-        `features`: for each array [n_timesteps, unit.n_rows, *shape] of the stored type (bfloat16
-        as uint16). Rows listed in `invalid` are stored as NaN whatever is passed for them. All is
+        `features`: for each array [n_times, unit.n_rows, *shape] of the stored type (bfloat16 as
+        uint16, 8-bit floating point as uint8), `n_times` being the timesteps or 1. Rows listed in
+        `invalid` are stored as NaN (0 in integers) whatever is passed for them. All is
         checked before the first byte is written. A unit that is signed already is not written
         again. The receipt returned is the one in the store.
 
@@ -318,14 +333,14 @@ class FeatureStore:
             )
         for name, array in features.items():
             layout = self.layouts[name]
-            want = (len(self.times), unit.n_rows, *layout.row_shape)
+            want = (self.n_times(name), unit.n_rows, *layout.row_shape)
             if array.shape != want or array.dtype != layout.stored:
                 raise FeatureError(
                     f"{self._place(unit)}, tap {name!r}: {array.dtype.name} {array.shape}, want "
                     f"{layout.stored.name} {want} (timestep, row, ...)"
                 )
         for name, array in features.items():
-            for t, resolved in enumerate(self.times):
+            for t, resolved in enumerate(self.times[: self.n_times(name)]):
                 bad = np.setdiff1d(non_finite_rows(array[t], self.layouts[name].dtype), holes)
                 if bad.size:
                     row = unit.start + int(bad[0])
@@ -427,8 +442,8 @@ class FeatureStore:
             StoreError: the unit is not written, or its shard is damaged.
         """
         self._check_unit(unit)
-        self._check_read(name, time_index)
-        return self._reader.read_unit(name, time_index, unit)
+        own_time = self._checked_time(name, time_index)
+        return self._reader.read_unit(name, own_time, unit)
 
     def read_rows(self, name: str, time_index: int, rows: npt.ArrayLike) -> Array:
         """Features [len(rows), *shape] of any rows, in any order, with repeats.
@@ -439,22 +454,24 @@ class FeatureStore:
             TapError: no such array or timestep.
             StoreError: a row that is out of range or not written, or a damaged shard.
         """
-        self._check_read(name, time_index)
+        own_time = self._checked_time(name, time_index)
         wanted = np.asarray(rows, np.int64).reshape(-1)
         if wanted.size and not 0 <= wanted.min() <= wanted.max() < self.spec.n_samples:
             raise StoreError(
                 f"{self.url}: rows {wanted.min()}..{wanted.max()} asked for; want rows of "
                 f"0..{self.spec.n_samples - 1}"
             )
-        return self._reader.read_rows(name, time_index, wanted)
+        return self._reader.read_rows(name, own_time, wanted)
 
-    def _check_read(self, name: str, time_index: int) -> None:
-        self.array(name)
+    def _checked_time(self, name: str, time_index: int) -> int:
+        """Position on the array's own time axis: 0 where it has one entry for all timesteps."""
+        array = self.array(name)
         if not 0 <= time_index < len(self.times):
             raise TapError(
                 f"{self.url}: time index {time_index}; want 0..{len(self.times) - 1}, the "
                 "position on the `timestep` axis (`store.time_index(timestep)` gives it)"
             )
+        return array.time_index(time_index)
 
     def verify(self, deep: bool = False) -> list[Problem]:
         """What is not as STORE.md says; empty for a store that is whole.

@@ -17,8 +17,11 @@ from drl_data.errors import SpecError, StoreError, StoreMismatchError, TapError
 from drl_data.shards import STORED, Array, ShardLayout
 from drl_data.spec import FORMAT_VERSION, ArraySpec, FeatureSpec, ResolvedTime, canonical_json
 
+TIME_DIMS = {"each": "timestep", "mean": "timestep_mean", "none": "timeless"}
+"""Name of the time axis: arrays with one entry for all timesteps have one of length 1."""
+
 _RESERVED = (
-    *("sample", "timestep", "valid", "receipts", "zarr.json", "spec.json"),
+    *("sample", *TIME_DIMS.values(), "valid", "receipts", "zarr.json", "spec.json"),
     *("index.parquet", "samples.parquet", "sealed.json"),
 )
 
@@ -54,7 +57,7 @@ def store_metadata(store: Described) -> dict[str, bytes]:
                 "format": FORMAT_VERSION,
                 "fingerprint": spec.fingerprint(),
                 "spec": dumped,
-                "arrays": [a.model_dump(mode="json") for a in arrays],
+                "arrays": [a.model_dump(mode="json", exclude_defaults=True) for a in arrays],
                 "times": [t.model_dump(mode="json") for t in times],
             }
         },
@@ -171,7 +174,7 @@ def check_arrays(arrays: Sequence[ArraySpec]) -> None:
                 f"{place}: dims {list(array.dims)} and shape {list(array.shape)}; want one "
                 "positive size for each dimension"
             )
-        if len({*array.dims, "sample", "timestep"}) != len(array.dims) + 2:
+        if len({*array.dims, "sample", *TIME_DIMS.values()}) != len(array.dims) + 4:
             raise SpecError(f"{place}: dims {list(array.dims)}: want distinct names")
     names = [array.name for array in arrays]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -197,14 +200,20 @@ def array_metadata(
             "index_location": "end",
         },
     }
+    own_times = array.n_times(n_times)
+    attributes: dict[str, JsonValue] = {"tap": array.tap, "dtype": array.dtype}
+    if array.timesteps != "each":
+        attributes["timesteps"] = array.timesteps
+    if array.quantises is not None:
+        attributes["quantises"] = array.quantises
     return _array_node(
-        shape=[spec.n_samples, n_times, *ends],
+        shape=[spec.n_samples, own_times, *ends],
         chunk=[spec.rows_per_unit, 1, *ends],
         data_type=STORED[array.dtype],
-        fill_value=0 if array.dtype == "bfloat16" else "NaN",
+        fill_value="NaN" if array.dtype in ("float32", "float16") else 0,
         codec=sharding,
-        dims=["sample", "timestep", *dims],
-        attributes={"drl_data": {"tap": array.tap, "dtype": array.dtype}},
+        dims=["sample", TIME_DIMS[array.timesteps], *dims],
+        attributes={"drl_data": attributes},
     )
 
 

@@ -231,7 +231,7 @@ def load_schedule(folder: ModelFolder) -> NoiseSchedule:
         )
     with _weights_errors(folder, path):
         scheduler = DDPMScheduler.from_pretrained(path, local_files_only=True)
-    return NoiseSchedule(scheduler.alphas_cumprod)
+    return NoiseSchedule(scheduler.alphas_cumprod, scheduler.config.prediction_type)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from drl_data.backbones.backbone import Backbone, Conditioning, Posterior, refuse_text
 from drl_data.backbones.loader import ModelFolder, load_network, load_schedule
-from drl_data.backbones.vae import encode_latents, latent_shape, load_vae
+from drl_data.backbones.vae import decode_latents, encode_latents, latent_shape, load_vae
 from drl_data.errors import SpecError
 from drl_data.schedule import NoiseSchedule
 from drl_data.spec import ConditionSpec, ImageSpec
@@ -23,6 +23,7 @@ class DiTBackbone(Backbone):
     """DiTTransformer2DModel and its AutoencoderKL; class-conditional, with a null class."""
 
     network: DiTTransformer2DModel
+    vae: AutoencoderKL
 
     def __init__(
         self,
@@ -58,6 +59,9 @@ class DiTBackbone(Backbone):
 
     def encode(self, pixels: Tensor) -> Posterior:
         return encode_latents(self.vae, pixels, self.dtype)
+
+    def decode(self, latents: Tensor, *, scaled: bool) -> object:
+        return decode_latents(self.vae, latents, scaled=scaled)
 
     def conditioning(self, spec: ConditionSpec) -> Conditioning:
         refuse_text(spec, "DiT")

@@ -18,7 +18,7 @@ from drl_data.backbones.backbone import (
     refuse_text,
 )
 from drl_data.backbones.loader import ModelFolder, load_component, load_network, load_schedule
-from drl_data.backbones.vae import encode_latents, latent_shape, load_vae
+from drl_data.backbones.vae import decode_latents, encode_latents, latent_shape, load_vae
 from drl_data.errors import SpecError, WeightsError
 from drl_data.schedule import NoiseSchedule
 from drl_data.spec import ConditionSpec, ImageSpec
@@ -69,6 +69,7 @@ class LatentUNetBackbone(Backbone):
     """diffusers' UNet2DConditionModel with its AutoencoderKL: Stable Diffusion 1.x and 2.x."""
 
     network: UNet2DConditionModel
+    vae: AutoencoderKL
 
     def __init__(
         self,
@@ -100,6 +101,9 @@ class LatentUNetBackbone(Backbone):
 
     def encode(self, pixels: Tensor) -> Posterior:
         return encode_latents(self.vae, pixels, self.dtype)
+
+    def decode(self, latents: Tensor, *, scaled: bool) -> object:
+        return decode_latents(self.vae, latents, scaled=scaled)
 
     def conditioning(self, spec: ConditionSpec) -> Conditioning:
         if spec.class_label != "null":

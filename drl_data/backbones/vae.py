@@ -61,3 +61,12 @@ def encode_latents(vae: AutoencoderKL, pixels: Tensor, dtype: torch.dtype) -> Po
         scaling_factor=vae.config.scaling_factor,
         shift_factor=vae.config.shift_factor or 0.0,
     )
+
+
+def decode_latents(vae: AutoencoderKL, latents: Tensor, *, scaled: bool) -> object:
+    """One forward of the decoder of latents [b, c, h, w] as the denoiser takes them; `scaled` says
+    whether they were scaled by the VAE's factors (`LatentSpec.scale`)."""
+    z = latents
+    if scaled:
+        z = z / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+    return vae.decode(z.to(vae.dtype), return_dict=False)
