@@ -119,6 +119,11 @@ def receipt_path(unit: Unit) -> str:
     return f"receipts/{unit.id:08d}.json"
 
 
+def fit_path(array: str) -> str:
+    """Path of the object that an array's fitted reduction is in."""
+    return f"fits/{array}.safetensors"
+
+
 def conflict(mine: Receipt, signed: Receipt) -> list[str]:
     """What differs in content: names of arrays with other checksums, then other fields."""
     theirs = {record.path: record for record in signed.objects}

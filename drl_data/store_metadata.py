@@ -21,7 +21,7 @@ TIME_DIMS = {"each": "timestep", "mean": "timestep_mean", "none": "timeless"}
 """Name of the time axis: arrays with one entry for all timesteps have one of length 1."""
 
 _RESERVED = (
-    *("sample", *TIME_DIMS.values(), "valid", "receipts", "zarr.json", "spec.json"),
+    *("sample", *TIME_DIMS.values(), "valid", "receipts", "fits", "zarr.json", "spec.json"),
     *("index.parquet", "samples.parquet", "sealed.json"),
 )
 

@@ -15,6 +15,8 @@
 Examples: `mid_block`, `up_blocks.*.resnets.*@pre_residual`, `up_blocks.1.resnets.2@in`,
 `transformer_blocks.9.attn@attn.probs.image.text`, `**.attn1@attn.k.heads[0,3]`, `latent.moments`.
 
+Names of other projects are taps too: `cleandift:us6`, `ldm:output_blocks.4` (tap_names.py).
+
 `latent` is what the denoiser's input is made of, `latent.noisy` that input, `latent.moments` the
 posterior's mean and std before any scaling; `x0 eps v` are the network's output as that
 prediction. A site that stands for another module is resolved to it, and the store records that.
@@ -32,6 +34,7 @@ from torch import nn
 from drl_data.errors import TapError
 from drl_data.reduce import at_source
 from drl_data.spec import TapSpec
+from drl_data.tap_names import translated
 from drl_data.tap_sites import MODEL_SITES, MODULATION_PARTS, SITES, Modules, Place, expand
 
 VAE = "vae."
@@ -117,7 +120,7 @@ def resolve(
     modules = dict(model.named_modules())
     if vae is not None:
         modules |= {f"{VAE}{name}": module for name, module in vae.named_modules() if name}
-    resolved = [tap for spec in taps for tap in _resolve_one(spec, modules)]
+    resolved = [tap for spec in taps for tap in _resolve_one(translated(spec), modules)]
     if not resolved:
         raise TapError("no taps: a pipeline needs at least one under `taps:`")
     seen: dict[str, ResolvedTap] = {}
@@ -134,6 +137,9 @@ def resolve(
 def _resolve_one(spec: TapSpec, modules: Modules) -> list[ResolvedTap]:
     pattern, site, parts = parse(spec.path)
     if site in MODEL_SITES:
+        if parts and (site != "latent" or parts not in (("noisy",), ("moments",))):
+            has = "has the parts noisy or moments" if site == "latent" else "has no parts"
+            raise TapError(f"tap {spec.path}: the site {site} {has}")
         name = spec.name or ".".join((site, *parts))
         return [ResolvedTap(name, "", site, parts, spec.reduce)]
     names = [name for name in modules if name]
