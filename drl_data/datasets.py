@@ -67,6 +67,14 @@ def as_tensor(stored: Mapping[str, Array], array: ArraySpec) -> torch.Tensor:
     return from_storage({name: _tensor(values) for name, values in stored.items()}, array)
 
 
+def read_features(
+    store: FeatureStore, tap: str, time_index: int, rows: npt.ArrayLike
+) -> torch.Tensor:
+    """Features [b, *shape] of any rows of one tap at one timestep, as `as_tensor` gives them."""
+    stored = {name: store.read_rows(name, time_index, rows) for name in store.parts(tap)}
+    return as_tensor(stored, store.array(tap))
+
+
 def _tensor(values: Array) -> torch.Tensor:
     # torch has few operations on uint16, and makes none of it from NumPy in older versions.
     return torch.from_numpy(values.view(np.int16) if values.dtype == np.uint16 else values)

@@ -417,6 +417,25 @@ class ProbeSpec(Spec):
     """Other pipeline files whose stores are probed beside this one: {label: path}."""
 
 
+class StatsSpec(Spec):
+    """Mean and variance of every tap and timestep, over one split or all samples.
+
+    `over: space` has one number for each channel, over samples and positions; `over: samples` one
+    for each entry of a row (RAE normalises each channel at each position). `covariance` adds the
+    covariance of the channels, [c, c].
+    """
+
+    split: str | None = None
+    over: Literal["space", "samples"] = "space"
+    covariance: bool = False
+
+    @model_validator(mode="after")
+    def _covariance_of_channels(self) -> StatsSpec:
+        if self.covariance and self.over != "space":
+            raise ValueError("covariance is of channels: want over: space")
+        return self
+
+
 class StudentSpec(Spec):
     """A student from `transformers`, built from its configuration (no weights are downloaded)."""
 
@@ -487,6 +506,7 @@ class Pipeline(Spec):
     results: str = "results"
     """Folder for what tasks find and for the report."""
     probe: ProbeSpec | None = None
+    stats: StatsSpec | None = None
     distill: DistillSpec | None = None
     pretrain: PretrainSpec | None = None
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from drl_data import tap_sites
 from drl_data.datasets import FeatureDataset, FeatureStream
-from drl_data.errors import FeatureError, SpecError, StoreError
+from drl_data.errors import FeatureError, SpecError, StoreError, TapError
 from drl_data.noise import draw_normal
 from drl_data.runs import extract, prepare
 from drl_data.spec import Pipeline
