@@ -321,8 +321,14 @@ class FeatureSpec(Spec):
     overflow: Literal["error", "clip"]
 
     def fingerprint(self) -> str:
-        """32 hexadecimal digits of the SHA-256 of the canonical JSON of this spec."""
-        return hashlib.sha256(canonical_json(self.model_dump(mode="json"))).hexdigest()[:32]
+        """32 hexadecimal digits of the SHA-256 of the canonical JSON of this spec.
+
+        Fields that have their default are left out, at every depth, so that a field that a later
+        version adds does not orphan the stores of an earlier one. Hence a default never changes,
+        and a field that holds one of several specs needs a key without default to tell them apart.
+        """
+        content = {**self.model_dump(mode="json", exclude_defaults=True), "format": self.format}
+        return hashlib.sha256(canonical_json(content)).hexdigest()[:32]
 
     def differences(self, other: FeatureSpec) -> list[str]:
         """Lines `path: mine != theirs`, one for each leaf that differs; empty if equal."""

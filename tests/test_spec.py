@@ -73,7 +73,42 @@ CHANGES: dict[str, dict[str, object]] = {
 
 def test_fingerprint_is_golden() -> None:
     """A fingerprint that changes by itself would orphan every store there is."""
-    assert SPEC.fingerprint() == "a23945e2b86879b387466769fef97ab8"
+    assert SPEC.fingerprint() == "87a9b9d7edd380ee15b4b213cb6760de"
+
+
+def test_a_field_added_with_a_default_changes_no_fingerprint() -> None:
+    class LaterNoise(NoiseSpec):
+        colour: str = "white"
+
+    class LaterSpec(FeatureSpec):
+        noise: LaterNoise
+        flavour: str = "plain"
+
+    content = SPEC.model_dump()
+    assert LaterSpec.model_validate(content).fingerprint() == SPEC.fingerprint()
+    for change in ({"flavour": "x"}, {"noise": {"colour": "pink"}}):
+        assert LaterSpec.model_validate({**content, **change}).fingerprint() != SPEC.fingerprint()
+
+
+def test_format_is_content_although_it_has_a_default() -> None:
+    assert SPEC.model_copy(update={"format": 2}).fingerprint() != SPEC.fingerprint()
+
+
+def test_defaults_never_change() -> None:
+    """They are not in a fingerprint: another default would give old stores another meaning."""
+    defaults = {
+        ImageSpec(size=1): {
+            "resize": "shortest", "filter": "bicubic", "mode": "RGB",
+            "background": (255, 255, 255), "range": (-1.0, 1.0), "max_pixels": 178_956_970,
+        },
+        LatentSpec(): {"posterior": "sample", "scale": True},
+        ConditionSpec(): {"prompt": "", "prompt_embeddings": None, "class_label": "null"},
+        ScheduleSpec(timesteps=(0,)): {"convention": "ddpm_index"},
+        NoiseSpec(): {"kind": "per_sample", "seed": 0, "members": 1, "per_timestep": False},
+        TapSpec(path="x"): {"name": None, "reduce": ()},
+    }  # fmt: skip
+    for spec, want in defaults.items():
+        assert {name: getattr(spec, name) for name in want} == want
 
 
 def test_every_field_is_in_the_table_above() -> None:
