@@ -68,10 +68,10 @@ def as_tensor(stored: Mapping[str, Array], array: ArraySpec) -> torch.Tensor:
 
 
 def read_features(
-    store: FeatureStore, tap: str, time_index: int, rows: npt.ArrayLike
+    store: FeatureStore, tap: str, time_index: int, rows: npt.ArrayLike, view: int = 0
 ) -> torch.Tensor:
-    """Features [b, *shape] of any rows of one tap at one timestep, as `as_tensor` gives them."""
-    stored = {name: store.read_rows(name, time_index, rows) for name in store.parts(tap)}
+    """Features [b, *shape] of any rows of one tap, timestep and view, as `as_tensor` gives them."""
+    stored = {name: store.read_rows(name, time_index, rows, view) for name in store.parts(tap)}
     return as_tensor(stored, store.array(tap))
 
 
@@ -97,6 +97,7 @@ class FeatureDataset(Dataset[FeatureSample]):
         labelled: bool = False,
         include_invalid: bool = False,
         partial: bool = False,
+        view: str | None = None,
     ) -> None:
         self.store = store
         self.selection = select(
@@ -107,6 +108,7 @@ class FeatureDataset(Dataset[FeatureSample]):
             labelled=labelled,
             include_invalid=include_invalid,
             partial=partial,
+            view=view,
         )
 
     def __len__(self) -> int:
@@ -138,7 +140,7 @@ class FeatureDataset(Dataset[FeatureSample]):
         for tap in chosen.taps:
             stored = {}
             for name in self.store.parts(tap):
-                values = [self.store.read_rows(name, t, rows) for t in chosen.times]
+                values = [self.store.read_rows(name, t, rows, chosen.view) for t in chosen.times]
                 stored[name] = values[0][:, None] if len(values) == 1 else np.stack(values, axis=1)
             features[tap] = as_tensor(stored, self.store.array(tap))
         return FeatureBatch(
@@ -184,6 +186,7 @@ class FeatureStream(IterableDataset[FeatureBatch]):
         labelled: bool = False,
         include_invalid: bool = False,
         partial: bool = False,
+        view: str | None = None,
         shuffle: bool = True,
         seed: int = 0,
         buffer_rows: int | None = None,
@@ -214,6 +217,7 @@ class FeatureStream(IterableDataset[FeatureBatch]):
             labelled=labelled,
             include_invalid=include_invalid,
             partial=partial,
+            view=view,
         )
         self.batch_size, self.seed, self.shuffle, self.drop_last = (
             batch_size,
@@ -290,6 +294,7 @@ class FeatureStream(IterableDataset[FeatureBatch]):
         return {
             "store": self.store.fingerprint,
             "rows": zlib.crc32(self.selection.rows.tobytes()),
+            "view": self.selection.view,
             "seed": self.seed,
             "shuffle": self.shuffle,
             "buffer_rows": self.buffer_rows,
@@ -355,8 +360,8 @@ class FeatureStream(IterableDataset[FeatureBatch]):
         def read(job: tuple[int, str, int]) -> Array:
             unit, wanted = self.store.units[job[0]], by_unit[job[0]]
             if _most(unit, wanted):
-                return self.store.read_unit(job[1], job[2], unit)
-            return self.store.read_rows(job[1], job[2], wanted)
+                return self.store.read_unit(job[1], job[2], unit, self.selection.view)
+            return self.store.read_rows(job[1], job[2], wanted, self.selection.view)
 
         arrays = dict(zip(jobs, in_threads(read, jobs), strict=True))
         blocks = {}

@@ -38,6 +38,7 @@ from drl_data.spec import (
     BackboneSpec,
     ConditionSpec,
     FeatureSpec,
+    ImageSpec,
     ResolvedTime,
     RunSpec,
     file_digest,
@@ -85,7 +86,7 @@ class ExtractTask:
         """
         clock = Clock(self._device)
         n_times = len(self._store.times)
-        per_row = sum(a.n_times(n_times) * a.bytes_per_row for a in self._store.arrays)
+        per_row = sum(a.n_cells(n_times) * a.bytes_per_row for a in self._store.arrays)
         features_bytes = unit.n_rows * per_row
         prefetch_bytes = max(self._run.memory_bytes // 32, 1)
         with self._budget.reserve(features_bytes + prefetch_bytes):
@@ -96,6 +97,7 @@ class ExtractTask:
                 batch_size=self._spec.batch_size,
                 n_threads=self._run.decode_threads,
                 prefetch_bytes=prefetch_bytes,
+                views=True,
             )
             with closing(batches):
                 primed = itertools.chain([next(batches)], batches)  # reads while others compute
@@ -128,7 +130,7 @@ class ExtractTask:
         features = {
             array.name: storage_buffer(
                 array,
-                (array.n_times(len(self._store.times)), unit.n_rows),
+                (self._store.n_cells(array.name), unit.n_rows),
                 pinned=self._device.type == "cuda",
             )
             for array in self._store.arrays
@@ -136,6 +138,7 @@ class ExtractTask:
         computed = _Computed(features)
         overflowed: list[tuple[str, int, Tensor]] = []
         measured = _Measured()
+        clip = self._spec.overflow == "clip"
         for batch in clock.waiting(batches):
             clock.add("read", batch.read_s)
             clock.add("decode", batch.decode_s)
@@ -145,20 +148,19 @@ class ExtractTask:
             if not rows:
                 continue
             place = [batch.start - unit.start + row for row in rows]
-            keys = [*batch.keys, *[""] * (len(batch.pixels) - batch.n_rows)]
-            for t, captured in computer.compute(batch.pixels, keys, clock):
-                with clock.stage("copy"):
-                    for name, x in captured.items():
-                        chosen = x[: batch.n_rows] if len(rows) == batch.n_rows else x[rows]
-                        array = self._store.array(name)
-                        stored, count = to_storage(
-                            chosen, array, clip=self._spec.overflow == "clip"
-                        )
-                        overflowed.append((name, t, count))
-                        for part, cast in stored.items():
-                            _copy_rows(features[part][array.time_index(t)], place, cast)
-                        if unit.id == 0 and batch.start == unit.start:
-                            measured.add(name, chosen, from_storage(stored, array))
+            for view, keys in enumerate(noise_keys(batch, self._spec.images)):
+                for t, captured in computer.compute(batch.of_view(view), keys, clock):
+                    with clock.stage("copy"):
+                        for name, x in captured.items():
+                            chosen = x[: batch.n_rows] if len(rows) == batch.n_rows else x[rows]
+                            array = self._store.array(name)
+                            stored, count = to_storage(chosen, array, clip=clip)
+                            overflowed.append((name, t, count))
+                            cell = array.cell(t, view, len(self._store.times))
+                            for part, cast in stored.items():
+                                _copy_rows(features[part][cell], place, cast)
+                            if unit.id == 0 and batch.start == unit.start:
+                                measured.add(name, chosen, from_storage(stored, array))
         clock.synchronize()
         computed.clipped = self._check_overflow(unit, overflowed)
         computed.damage = measured.damage()
@@ -250,7 +252,8 @@ def resolve_features(
     backbone = load_backbone(folder, "meta")
     taps = backbone.resolve(spec.taps)
     times = backbone.schedule.resolve(spec.schedule)
-    arrays = backbone.arrays(taps, spec.images, condition, times[0], spec.dtype)
+    found = backbone.arrays(taps, spec.images, condition, times[0], spec.dtype)
+    arrays = [array.model_copy(update={"views": spec.images.n_views}) for array in found]
     return tuple(part for array in arrays for part in (array, *companions(array))), times
 
 
@@ -304,6 +307,15 @@ class _Measured:
             if math.isfinite(error) and math.isfinite(cosine):
                 found[name] = Damage(relative_rmse=error, cosine=cosine)
         return found
+
+
+def noise_keys(batch: ImageBatch, images: ImageSpec) -> Iterator[list[str]]:
+    """What the noise of each row is seeded by, for each view: the sample's key, and for views but
+    the image itself also the view's name. Rows past the end have the key ""."""
+    rest = [""] * (len(batch.pixels) - batch.n_rows)
+    for name in images.view_names or ("id",):
+        suffix = "" if name == "id" else f"\x1f{name}"
+        yield [*(f"{key}{suffix}" for key in batch.keys), *rest]
 
 
 def _valid_positions(batch: ImageBatch) -> list[int]:

@@ -82,7 +82,7 @@ def _parse(data: bytes, place: str, computer: FeatureComputer) -> list[Pca]:
 def _fit(
     store: FeatureStore, computer: FeatureComputer, taps: Sequence[ResolvedTap], run: RunSpec
 ) -> dict[str, bytes]:
-    """Array -> bytes of its fit, from samples spread evenly over the rows."""
+    """Array -> bytes of its fit, from the first view of samples spread evenly over the rows."""
     settings = {tap.name: found for tap in taps if (found := pca_of(tap.reduce))}
     before = [replace(tap, reduce=tap.reduce[: settings[tap.name][0]]) for tap in taps]
     partial = computer.with_taps(before)
@@ -93,14 +93,14 @@ def _fit(
         bad = {row.row - batch.start for row in batch.invalid}
         rows = [i for i in range(batch.n_rows) if i not in bad]
         keys = [*batch.keys, *[""] * (len(batch.pixels) - batch.n_rows)]
-        for t, captured in partial.compute(batch.pixels, keys) if rows else ():
+        for t, captured in partial.compute(batch.of_view(0), keys) if rows else ():
             for name, x in captured.items():
                 if n_seen >= n_wanted[name]:
                     continue
                 channel = partial.dims[name].index("channel") + 1
                 vectors = x[rows].movedim(channel, -1).flatten(0, -2)
                 new = Moments.of(vectors, covariance=True)
-                place = (name, store.array(name).time_index(t))
+                place = (name, store.array(name).cell(t, 0, len(store.times)))
                 moments[place] = moments[place].merged(new) if place in moments else new
         n_seen += len(rows)
     if not moments:
@@ -122,6 +122,7 @@ def _spread_batches(store: FeatureStore, n_samples: int, run: RunSpec) -> Iterat
             batch_size=spec.batch_size,
             n_threads=run.decode_threads,
             prefetch_bytes=max(run.memory_bytes // 32, 1),
+            views=True,
         )
 
 

@@ -114,7 +114,7 @@ def _array_bytes(
         for record in receipt.objects:
             written[record.path.split("/")[0]] += record.n_bytes
     return [
-        (a, a.bytes_per_row * a.n_times(len(store.times)), written[a.name]) for a in store.arrays
+        (a, a.bytes_per_row * a.n_cells(len(store.times)), written[a.name]) for a in store.arrays
     ]
 
 

@@ -70,6 +70,8 @@ class ShardLayout:
     rows_per_unit: int
     row_shape: tuple[int, ...]
     dtype: StorageDType
+    n_times: int = 1
+    has_views: bool = False
 
     @property
     def stored(self) -> np.dtype[np.generic]:
@@ -96,9 +98,14 @@ class ShardLayout:
         """Inner chunks of a shard, present or missing."""
         return self.rows_per_unit // self.rows_per_chunk
 
-    def path(self, name: str, time_index: int, unit_id: int) -> str:
+    def place(self, cell: int) -> tuple[int, ...]:
+        """Position of a cell on the axes between the sample and the row: (time) or (view, time)."""
+        return divmod(cell, self.n_times) if self.has_views else (cell,)
+
+    def path(self, name: str, cell: int, unit_id: int) -> str:
         """Path of the object: Zarr's default key of this chunk of the array `name`."""
-        return f"{name}/c/{unit_id}/{time_index}" + "/0" * len(self.row_shape)
+        key = (unit_id, *self.place(cell), *[0] * len(self.row_shape))
+        return f"{name}/c/" + "/".join(map(str, key))
 
     @property
     def footer_bytes(self) -> int:

@@ -93,6 +93,32 @@ def _size_pair(value: object) -> object:
     return (value, value) if isinstance(value, int) else value
 
 
+class CropViews(Spec):
+    """`n` views of random crops, resized to the size of the images (Szegedy et al. 2015, as
+    torchvision's RandomResizedCrop), and flipped with probability one half.
+
+    A crop is a function of (seed, key of the sample, number of the view).
+    """
+
+    crop: Literal["seeded"] = "seeded"
+    n: Annotated[int, Field(ge=1)] = 1
+    seed: int = 0
+    area: tuple[float, float] = (0.25, 1.0)
+    """Least and largest part of the image's area."""
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    """Least and largest width over height."""
+    flip: bool = True
+
+    @model_validator(mode="after")
+    def _ranges(self) -> CropViews:
+        if not 0 < self.area[0] <= self.area[1] <= 1 or not 0 < self.aspect[0] <= self.aspect[1]:
+            raise ValueError(
+                f"area {self.area}, aspect {self.aspect}: want (least, largest) above 0, and an "
+                "area of at most 1"
+            )
+        return self
+
+
 class ImageSpec(Spec):
     """From bytes to pixels [c, h, w] uint8: decode, orient, composite, resize, crop.
 
@@ -112,6 +138,35 @@ class ImageSpec(Spec):
     """What uint8 0 and 255 become for the backbone."""
     max_pixels: int = 178_956_970
     """An image with more pixels than this is refused before it is decoded (Pillow's bomb limit)."""
+
+    views: tuple[Literal["id", "hflip"] | CropViews, ...] = ()
+    """Views of each image that features are computed of: `id` (the image), `hflip` (mirrored), and
+    crops. With any, the store has an axis `view`, in this order; without, none."""
+
+    @model_validator(mode="after")
+    def _views_once(self) -> ImageSpec:
+        names = self.view_names
+        if len(set(names)) != len(names):
+            raise ValueError(f"views {list(names)}: want none twice; give crops different seeds")
+        return self
+
+    @property
+    def view_names(self) -> tuple[str, ...]:
+        """`id`, `hflip`, `crop-SEED-NUMBER`: one for each entry of the axis `view`."""
+        return tuple(
+            name
+            for view in self.views
+            for name in (
+                [f"crop-{view.seed}-{i}" for i in range(view.n)]
+                if isinstance(view, CropViews)
+                else [view]
+            )
+        )
+
+    @property
+    def n_views(self) -> int:
+        """Entries of the axis `view`; 0 without one."""
+        return len(self.view_names)
 
     @property
     def n_channels(self) -> int:
@@ -277,18 +332,25 @@ class ArraySpec(Spec):
     `none` (of the VAE)."""
     quantises: str | None = None
     """The integer array that these are the scales or offsets of."""
+    views: int = 0
+    """Length of the axis `view`, which comes after `sample`; 0 without one."""
 
     def n_times(self, n_timesteps: int) -> int:
         """Length of the array's time axis in a store of `n_timesteps`."""
         return n_timesteps if self.timesteps == "each" else 1
 
-    def time_index(self, timestep: int) -> int:
-        """Where on that axis a timestep's features are, given its position in the store."""
-        return timestep if self.timesteps == "each" else 0
+    def n_cells(self, n_timesteps: int) -> int:
+        """Pairs (view, entry of the time axis), each of which is one shard of a unit."""
+        return max(self.views, 1) * self.n_times(n_timesteps)
+
+    def cell(self, timestep: int, view: int, n_timesteps: int) -> int:
+        """Which of them a timestep of a view is, given its position in the store; views outside."""
+        own = timestep if self.timesteps == "each" else 0
+        return view * self.n_times(n_timesteps) + own
 
     @property
     def bytes_per_row(self) -> int:
-        """Bytes of one sample at one timestep."""
+        """Bytes of one sample at one timestep, in one view."""
         n = ITEMSIZE[self.dtype]
         for side in self.shape:
             n *= side
