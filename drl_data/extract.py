@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import itertools
-import math
 import queue
 import resource
 import socket
@@ -31,7 +30,7 @@ from drl_data.features import FeatureComputer
 from drl_data.fits import fitted
 from drl_data.images import ImageBatch, read_batches
 from drl_data.plan import InvalidRow, Unit
-from drl_data.quantise import companions, damage, from_storage, storage_buffer, to_storage
+from drl_data.quantise import DamageMeter, companions, from_storage, storage_buffer, to_storage
 from drl_data.receipts import Damage, Receipt, RunRecord, UnitCounts
 from drl_data.spec import (
     ArraySpec,
@@ -137,7 +136,7 @@ class ExtractTask:
         }
         computed = _Computed(features)
         overflowed: list[tuple[str, int, Tensor]] = []
-        measured = _Measured()
+        meters: dict[str, DamageMeter] = defaultdict(DamageMeter)
         clip = self._spec.overflow == "clip"
         for batch in clock.waiting(batches):
             clock.add("read", batch.read_s)
@@ -160,10 +159,14 @@ class ExtractTask:
                             for part, cast in stored.items():
                                 _copy_rows(features[part][cell], place, cast)
                             if unit.id == 0 and batch.start == unit.start:
-                                measured.add(name, chosen, from_storage(stored, array))
+                                meters[name].add(chosen, from_storage(stored, array))
         clock.synchronize()
         computed.clipped = self._check_overflow(unit, overflowed)
-        computed.damage = measured.damage()
+        computed.damage = {
+            name: Damage(relative_rmse=found[0], cosine=found[1])
+            for name, meter in meters.items()
+            if (found := meter.result()) is not None
+        }
         return computed
 
     def _check_overflow(
@@ -287,26 +290,6 @@ class _Computed:
     input_bytes: int = 0
     clipped: dict[str, int] = field(default_factory=dict)
     damage: dict[str, Damage] = field(default_factory=dict)
-
-
-class _Measured:
-    """Features of one batch as computed and as stored, to say what storing them costs."""
-
-    def __init__(self) -> None:
-        self._pairs: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-
-    def add(self, name: str, exact: Tensor, stored: Tensor) -> None:
-        """Features [b, ...] at one timestep."""
-        self._pairs[name].append((exact.float(), stored.float()))
-
-    def damage(self) -> dict[str, Damage]:
-        """By array, over all timesteps; without what is not finite and will not be stored."""
-        found: dict[str, Damage] = {}
-        for name, pairs in self._pairs.items():
-            error, cosine = damage([exact for exact, _ in pairs], [stored for _, stored in pairs])
-            if math.isfinite(error) and math.isfinite(cosine):
-                found[name] = Damage(relative_rmse=error, cosine=cosine)
-        return found
 
 
 def noise_keys(batch: ImageBatch, images: ImageSpec) -> Iterator[list[str]]:

@@ -13,7 +13,8 @@ Shapes: b batch, ... the axes of a row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -130,10 +131,26 @@ def storage_buffer(array: ArraySpec, lead: tuple[int, ...], *, pinned: bool) -> 
     return torch.empty((*lead, *array.shape), dtype=bits, pin_memory=pinned)
 
 
-def damage(exact: Sequence[Tensor], stored: Sequence[Tensor]) -> tuple[float, float]:
-    """What storage cost the features `exact`, batches [b, ...]: |x - y| / |x| over all values, and
-    the mean cosine of rows; computed in float64 on the host."""
-    x, y = (torch.cat([b.flatten(1) for b in bs]).double().cpu() for bs in (exact, stored))
-    norm, error = float(x.norm()), float((x - y).norm())
-    cosine = torch.nn.functional.cosine_similarity(x, y, dim=1)
-    return (error / norm if norm else error), float(cosine.mean())
+class DamageMeter:
+    """What storage costs features: sums over batches, on their device, without synchronising."""
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+
+    def add(self, exact: Tensor, stored: Tensor) -> None:
+        """Features [b, ...] as computed, and as they read."""
+        for x, y in zip(exact.flatten(1), stored.flatten(1), strict=True):
+            # float64 of one row at a time: features of a whole batch are large
+            a, b = x.double(), y.double()
+            square, other = a @ a, b @ b
+            cosine = (a @ b) / (square * other).sqrt().clamp(min=torch.finfo(a.dtype).tiny)
+            sums = torch.stack([(a - b) @ (a - b), square, cosine, torch.ones_like(cosine)])
+            self._sums = sums if self._sums is None else self._sums + sums
+
+    def result(self) -> tuple[float, float] | None:
+        """(|x - y| / |x| over all values, mean cosine of rows); None if that is not finite."""
+        if self._sums is None:
+            return None
+        error, norm, cosine, n_rows = self._sums.tolist()
+        found = math.sqrt(error / norm if norm else error), cosine / n_rows
+        return found if all(map(math.isfinite, found)) else None

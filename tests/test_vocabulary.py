@@ -337,14 +337,14 @@ def test_storage_types_end_to_end(photos: Path, sd: Path, tmp_path: Path, dtype:
             np.linalg.norm(got - want) / np.linalg.norm(want), rel=1e-5
         )
         cosine = (got * want).sum(1) / np.linalg.norm(got, axis=1) / np.linalg.norm(want, axis=1)
-        assert found.cosine == pytest.approx(cosine.mean(), abs=1e-7)
+        assert found.cosine == pytest.approx(cosine.mean(), abs=1e-6)
 
 
 def test_float32_is_not_damaged(photos: Path, sd: Path, tmp_path: Path) -> None:
     store = extract(pipeline(photos, sd, tmp_path / "s", taps=["mid_block"])).store
     found = store.receipts()[0].run.damage["mid_block"]
     assert found.relative_rmse == 0
-    assert found.cosine == pytest.approx(1, abs=1e-12)
+    assert found.cosine == pytest.approx(1, abs=1e-6)
 
 
 def test_a_quantised_arrays_name_with_a_sibling_that_exists(
