@@ -22,7 +22,7 @@ class RunRecord(Spec):
     """How a unit was computed: seconds by stage, peak memory, where, with what. Never content."""
 
     seconds: dict[str, float] = Field(default_factory=dict)
-    """Keys: read, decode, encode, denoise, copy, write, wait."""
+    """Keys: read, decode, condition, encode, denoise, copy, write, wait."""
     peak_bytes: Count = 0
     """Peak of the device's memory, 0 on a CPU."""
     host: str = ""

@@ -29,7 +29,7 @@ from drl_data.tasks.distill import DistillResult
 from drl_data.tasks.probe import ProbeCell, ProbeResult, ProbeSource
 
 MAX_INVALID = 50
-STAGES = ("read", "decode", "encode", "denoise", "copy", "write", "wait")
+STAGES = ("read", "decode", "condition", "encode", "denoise", "copy", "write", "wait")
 
 
 def write_report(pipeline: Pipeline, *, samples: Path | None = None) -> Path:
@@ -134,7 +134,7 @@ def _stages(receipts: Sequence[Receipt]) -> Stages | None:
         return None
     names = [*STAGES, *sorted(seconds.keys() - set(STAGES))]
     groups = {
-        "the network": seconds["encode"] + seconds["denoise"] + seconds["copy"],
+        "the network": sum(seconds[s] for s in ("condition", "encode", "denoise", "copy")),
         "waiting for images": seconds["wait"],
         "writing": seconds["write"],
     }
