@@ -104,7 +104,7 @@ NETWORKS: dict[str, tuple[str, float, list[tuple[float, dict[str, object]]]]] = 
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_networks_without_adapters_have_their_published_size(name: str) -> None:
+def test_bare_networks_have_their_published_size(name: str) -> None:
     component, millions, forwards = NETWORKS[name]
     network = raw_network(name, component)
     assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=1)
@@ -136,6 +136,42 @@ BACKBONES: dict[str, tuple[int, float, float, dict[str, tuple[tuple[int, ...], f
             "up_blocks.1": ((1280, 48, 48), 1.13),
             "up_blocks.2": ((640, 96, 96), None),
             "up_blocks.3": ((320, 96, 96), None),
+        },
+    ),
+    "stable-diffusion-xl-base-1.0": (
+        1024,
+        2567.5,
+        6.76,
+        {
+            "mid_block": ((1280, 32, 32), 2.93),
+            "up_blocks.0": ((1280, 64, 64), 5.36),
+            "up_blocks.1": ((640, 128, 128), None),
+            "up_blocks.2": ((320, 128, 128), None),
+        },
+    ),
+    "SSD-1B": (
+        1024,
+        1331.3,
+        4.21,
+        {  # DiffCut's tap; its UNet has no other published number
+            "down_blocks.2.attentions.1.transformer_blocks.3.attn1": ((1280, 32, 32), None),
+        },
+    ),
+    "PixArt-XL-2-1024-MS": (1024, 611.3, 6.51, {"transformer_blocks.13": ((1152, 64, 64), None)}),
+    # the published 8.44 is for 154 text tokens (above); diffusers' pipeline has 77 + 256
+    "stable-diffusion-3-medium": (
+        1024,
+        2028.3,
+        8.90,
+        {"transformer_blocks.9": ((1536, 64, 64), None)},
+    ),
+    "FLUX.1-dev": (
+        1024,
+        11901.4,
+        74.4,
+        {
+            "transformer_blocks.18": ((3072, 64, 64), None),
+            "single_transformer_blocks.9@in": ((3072, 64, 64), 36.6),
         },
     ),
     "DiT-XL-2-256": (256, 749.8, 0.237, {"transformer_blocks.13": ((1152, 16, 16), 0.12)}),
@@ -185,7 +221,7 @@ def test_backbones_have_their_published_size_shapes_and_flops(name: str) -> None
         flops = backbone.flops([tap], images, condition)
         assert flops.whole / TERA == pytest.approx(whole, rel=0.01)
         if through is not None:
-            assert flops.cut / TERA == pytest.approx(through, abs=0.006)
+            assert flops.cut / TERA == pytest.approx(through, abs=max(0.006, through / 100))
 
 
 @pytest.mark.parametrize(
