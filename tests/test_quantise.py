@@ -99,6 +99,8 @@ def test_constant_and_zero_channels(dtype: StorageDType) -> None:
     x = torch.zeros(1, 2, 2, 2)
     x[0, 1] = 3.0
     np.testing.assert_allclose(round_trip(x, dtype), x, rtol=1e-6)
+    stored, _ = to_storage(x, array(dtype, 2, 2, 2), clip=False)
+    assert stored["a__scale"][0, 0] == 1  # 0 / 0 would be cast to an integer
 
 
 def test_axes_before_the_row_stay() -> None:

@@ -535,6 +535,17 @@ def test_ditf_taps_and_plain_norm2_is_not_one(
     )
 
 
+def test_adaln_of_the_last_norm(flux: FluxTransformer2DModel, run_flux: Forward) -> None:
+    """diffusers' AdaLayerNormContinuous has the scale before the shift."""
+    (x, _), normed = hook(flux, "norm_out", run_flux)
+    got = take(flux, run_flux, "norm_out@adaln.scale", "norm_out@adaln.shift")
+    scale, shift = got.values()
+    want = functional.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+    torch.testing.assert_close(normed, want)
+    with pytest.raises(TapError, match=r"has the site adaln\.gate; nearest"):
+        resolve(flux, [TapSpec(path="norm_out@adaln.gate")])
+
+
 def test_adaln_without_a_modulation_is_refused(unet: UNet2DConditionModel) -> None:
     with pytest.raises(TapError, match="reduce adaln needs the shift of mid_block, which has no"):
         resolve(unet, [TapSpec(path="mid_block", reduce=("adaln",))])

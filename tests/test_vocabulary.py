@@ -295,6 +295,29 @@ def test_principal_components_are_fitted_once_and_kept(
     assert store.verify(deep=True) == []
 
 
+def test_each_fit_sees_as_many_samples_as_it_asks_for(
+    photos: Path, sd: Path, sd_loop: Loop, tmp_path: Path
+) -> None:
+    """In whole batches: 4 samples are the first batch, 12 are all of them."""
+    taps = [
+        {"path": "mid_block", "name": "few", "reduce": ["mean", "pca(2, 4)"]},
+        {"path": "mid_block", "name": "all", "reduce": ["mean", "time_mean", "pca(2, 12)"]},
+    ]
+    store = extract(pipeline(photos, sd, tmp_path / "s", taps=taps)).store
+    raw = sd_loop.run(sd_call(sd_loop, sd), "mid_block")["mid_block"].mean((3, 4)).numpy()
+    fits = {
+        name: safetensors.numpy.load(bytes(store.folder.get(f"fits/{name}.safetensors")))
+        for name in ("few", "all")
+    }
+    for t in (0, 1):
+        np.testing.assert_allclose(fits["few"][f"mean.{t}"], raw[t, :4].mean(0), atol=1e-5)
+    np.testing.assert_allclose(fits["all"]["mean.0"], raw.mean((0, 1)), atol=1e-5)
+    assert "mean.1" not in fits["all"]
+    fit = fits["all"]
+    want = (raw.mean(0) - fit["mean.0"]) @ fit["components.0"].T
+    np.testing.assert_allclose(whole(store, "all")[0], want, atol=1e-5)
+
+
 def test_too_few_vectors_to_fit_are_refused(photos: Path, sd: Path, tmp_path: Path) -> None:
     taps = [{"path": "mid_block", "reduce": ["mean", "pca(20, 4)"]}]
     with pytest.raises(FeatureError, match="4 vectors to fit 20 principal components"):
