@@ -45,6 +45,21 @@ def _new_bucket(endpoint: str, key: str, secret: str) -> Iterator[str]:
             os.environ[name] = value
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """The bits of a convolution depend on the number of threads; extraction computes with one.
+
+    For modules whose references must be exact:
+    `pytestmark = pytest.mark.usefixtures("one_thread")`.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def moto_endpoint() -> Iterator[str]:
     """moto's S3 server over HTTP, on a free port."""

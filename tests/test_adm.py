@@ -21,6 +21,8 @@ from drl_data.errors import SpecError, TapError, WeightsError
 from drl_data.spec import BackboneSpec, ConditionSpec, ImageSpec, ScheduleSpec, TapSpec
 from drl_data.testing import TINY_ADM, save_tiny_adm
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Weights = dict[str, Tensor]
 
 

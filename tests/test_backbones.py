@@ -26,6 +26,8 @@ from drl_data.spec import BackboneSpec, ConditionSpec, ImageSpec, ScheduleSpec, 
 from drl_data.taps import ResolvedTap, resolve
 from drl_data.testing import save_tiny_ddpm, save_tiny_dit, save_tiny_stable_diffusion
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 IMAGES = ImageSpec(size=16)
 MAKERS: dict[str, Callable[..., Path]] = {
     "ddpm": save_tiny_ddpm,

@@ -24,6 +24,8 @@ from drl_data.spec import BackboneSpec, ConditionSpec, DatasetSpec, Pipeline
 from drl_data.store import FeatureStore
 from drl_data.testing import save_tiny_dit, save_tiny_sd3, save_tiny_stable_diffusion
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLASSES = ["cat", "dog", None, "owl"]
 CAPTIONS = ["a cat", "", "a dog", None]
 

@@ -6,7 +6,7 @@ The loops hold no drl_data code but the definition of the random numbers. Shapes
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -41,6 +41,8 @@ from drl_data.testing import (
     write_photo_tars,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 N_SAMPLES, BATCH = 8, 4
 TAP = "up_blocks.1.resnets.0.conv2"
 Batch = tuple[list[str], Tensor]
@@ -59,15 +61,6 @@ def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ddpm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_ddpm(tmp_path_factory.mktemp("ddpm"))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The bits of a convolution depend on the number of threads; extraction computes with one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def pipeline(photos: Path, model: Path, store: Path, **changes: object) -> Pipeline:

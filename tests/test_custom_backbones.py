@@ -22,6 +22,8 @@ from drl_data.testing import write_photo_tars
 from tests import custom_backbones
 from tests.custom_backbones import JointModel, SemanticEncoder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ENCODER = "python:tests.custom_backbones:semantic_encoder"
 JOINT = "python:tests.custom_backbones:joint_model"
 

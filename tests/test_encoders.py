@@ -30,6 +30,8 @@ from drl_data.spec import (
 )
 from drl_data.testing import TINY_ENCODERS, save_tiny_encoder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NO_TIME = ScheduleSpec(convention="none")
 IMAGES = ImageSpec(size=16)
 # where the last hidden state comes from, and how many tokens stand before the patches

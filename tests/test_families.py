@@ -70,6 +70,8 @@ from drl_data.testing import (
     write_photo_tars,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 IMAGES = ImageSpec(size=(16, 24))
 """Not square, so that no test passes with rows and columns exchanged. Latents are 8 x 12."""
 PROMPT = "A small cat"

@@ -27,6 +27,8 @@ from drl_data.testing import (
     write_photo_tars,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 IMAGES = ImageSpec(size=(16, 24))
 MAKERS: dict[str, Callable[..., Path]] = {
     "sdxl": save_tiny_sdxl,

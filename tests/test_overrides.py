@@ -15,6 +15,8 @@ from drl_data.errors import SpecError, WeightsError
 from drl_data.spec import BackboneSpec, LoraSpec, Pipeline
 from drl_data.testing import save_tiny_stable_diffusion
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LINEAR = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 CONVOLUTION = "mid_block.resnets.0.conv1"
 PROJECTION = "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"
