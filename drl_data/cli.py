@@ -314,6 +314,16 @@ def probe(file: PipelineFile, device: Device = None, store: OverrideStore = None
 
 
 @app.command()
+def stats(file: PipelineFile, device: Device = None, store: OverrideStore = None) -> None:
+    """Mean, variance and covariance of every tap and timestep, in one pass, as safetensors."""
+    from drl_data.progress import console_progress
+    from drl_data.tasks.stats import format_table, run_stats
+
+    out.print(format_table(run_stats(_load(file, None, store), device=device,
+                                     progress=console_progress())))  # fmt: skip
+
+
+@app.command()
 def distill(file: PipelineFile, device: Device = None, store: OverrideStore = None) -> None:
     """Train a student on stored features, then on few labels, against one from scratch."""
     from drl_data.progress import console_progress

@@ -25,10 +25,11 @@ from drl_data.errors import InputError, SpecError
 from drl_data.images import read_batches
 from drl_data.index import SampleIndex
 from drl_data.plan import Unit
+from drl_data.quantise import from_storage
 from drl_data.selection import Rows, select
 from drl_data.shard_reader import gather, in_threads
 from drl_data.shards import Array
-from drl_data.spec import DType, ImageSpec
+from drl_data.spec import ArraySpec, ImageSpec
 from drl_data.store import FeatureStore
 
 BUFFER_BYTES = 256 << 20
@@ -57,11 +58,26 @@ class FeatureBatch(NamedTuple):
     pixels: torch.Tensor | None
 
 
-def as_tensor(values: Array, dtype: DType) -> torch.Tensor:
-    """The same memory as a tensor of the true type: bfloat16 comes as uint16."""
-    if dtype == "bfloat16":
-        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(values)
+def as_tensor(stored: Mapping[str, Array], array: ArraySpec) -> torch.Tensor:
+    """Features [..., *shape] from what the store holds of an array and of its scales.
+
+    The same memory as a tensor of the true type where nothing is quantised (bfloat16 comes as
+    uint16, 8-bit floating point as uint8), else float32.
+    """
+    return from_storage({name: _tensor(values) for name, values in stored.items()}, array)
+
+
+def read_features(
+    store: FeatureStore, tap: str, time_index: int, rows: npt.ArrayLike, view: int = 0
+) -> torch.Tensor:
+    """Features [b, *shape] of any rows of one tap, timestep and view, as `as_tensor` gives them."""
+    stored = {name: store.read_rows(name, time_index, rows, view) for name in store.parts(tap)}
+    return as_tensor(stored, store.array(tap))
+
+
+def _tensor(values: Array) -> torch.Tensor:
+    # torch has few operations on uint16, and makes none of it from NumPy in older versions.
+    return torch.from_numpy(values.view(np.int16) if values.dtype == np.uint16 else values)
 
 
 class FeatureDataset(Dataset[FeatureSample]):
@@ -81,6 +97,7 @@ class FeatureDataset(Dataset[FeatureSample]):
         labelled: bool = False,
         include_invalid: bool = False,
         partial: bool = False,
+        view: str | None = None,
     ) -> None:
         self.store = store
         self.selection = select(
@@ -91,6 +108,7 @@ class FeatureDataset(Dataset[FeatureSample]):
             labelled=labelled,
             include_invalid=include_invalid,
             partial=partial,
+            view=view,
         )
 
     def __len__(self) -> int:
@@ -120,10 +138,11 @@ class FeatureDataset(Dataset[FeatureSample]):
         rows = chosen.rows[places]
         features = {}
         for tap in chosen.taps:
-            array = self.store.array(tap)
-            values = [self.store.read_rows(tap, t, rows) for t in chosen.times]
-            together = values[0][:, None] if len(values) == 1 else np.stack(values, axis=1)
-            features[tap] = as_tensor(together, array.dtype)
+            stored = {}
+            for name in self.store.parts(tap):
+                values = [self.store.read_rows(name, t, rows, chosen.view) for t in chosen.times]
+                stored[name] = values[0][:, None] if len(values) == 1 else np.stack(values, axis=1)
+            features[tap] = as_tensor(stored, self.store.array(tap))
         return FeatureBatch(
             features,
             torch.from_numpy(chosen.labels[places]),
@@ -167,6 +186,7 @@ class FeatureStream(IterableDataset[FeatureBatch]):
         labelled: bool = False,
         include_invalid: bool = False,
         partial: bool = False,
+        view: str | None = None,
         shuffle: bool = True,
         seed: int = 0,
         buffer_rows: int | None = None,
@@ -197,6 +217,7 @@ class FeatureStream(IterableDataset[FeatureBatch]):
             labelled=labelled,
             include_invalid=include_invalid,
             partial=partial,
+            view=view,
         )
         self.batch_size, self.seed, self.shuffle, self.drop_last = (
             batch_size,
@@ -273,6 +294,7 @@ class FeatureStream(IterableDataset[FeatureBatch]):
         return {
             "store": self.store.fingerprint,
             "rows": zlib.crc32(self.selection.rows.tobytes()),
+            "view": self.selection.view,
             "seed": self.seed,
             "shuffle": self.shuffle,
             "buffer_rows": self.buffer_rows,
@@ -331,14 +353,15 @@ class FeatureStream(IterableDataset[FeatureBatch]):
         """Unit id -> the given rows (increasing) of that unit."""
         ids = rows // self.store.spec.rows_per_unit
         by_unit = {int(u): rows[ids == u] for u in np.unique(ids)}
-        cells = [(tap, t) for tap in self.selection.taps for t in self.selection.times]
+        names = [name for tap in self.selection.taps for name in self.store.parts(tap)]
+        cells = [(name, t) for name in names for t in self.selection.times]
         jobs = [(unit, tap, t) for unit in by_unit for tap, t in cells]
 
         def read(job: tuple[int, str, int]) -> Array:
             unit, wanted = self.store.units[job[0]], by_unit[job[0]]
             if _most(unit, wanted):
-                return self.store.read_unit(job[1], job[2], unit)
-            return self.store.read_rows(job[1], job[2], wanted)
+                return self.store.read_unit(job[1], job[2], unit, self.selection.view)
+            return self.store.read_rows(job[1], job[2], wanted, self.selection.view)
 
         arrays = dict(zip(jobs, in_threads(read, jobs), strict=True))
         blocks = {}
@@ -391,13 +414,8 @@ class FeatureStream(IterableDataset[FeatureBatch]):
             parts.append((places, block, np.searchsorted(block.rows, rows[places])))
         features = {}
         for tap in chosen.taps:
-            array = self.store.array(tap)
-            first = parts[0][1].arrays[tap, chosen.times[0]]
-            out = np.empty((len(rows), len(chosen.times), *array.shape), first.dtype)
-            for column, t in enumerate(chosen.times):
-                for places, block, found in parts:
-                    gather(out[:, column], places, block.arrays[tap, t], block.positions[found])
-            features[tap] = as_tensor(out, array.dtype)
+            stored = {name: self._joined(name, rows, parts) for name in self.store.parts(tap)}
+            features[tap] = as_tensor(stored, self.store.array(tap))
         pixels = None
         if self._images is not None:
             spec = self._images[1]
@@ -414,6 +432,16 @@ class FeatureStream(IterableDataset[FeatureBatch]):
             torch.from_numpy(rows.copy()),
             pixels,
         )
+
+    def _joined(self, name: str, rows: Rows, parts: Sequence[tuple[Rows, _Block, Rows]]) -> Array:
+        """Stored values [b, t, *shape] of one array from the blocks of several units."""
+        times = self.selection.times
+        first = parts[0][1].arrays[name, times[0]]
+        out = np.empty((len(rows), len(times), *self.store.array(name).shape), first.dtype)
+        for column, t in enumerate(times):
+            for places, block, found in parts:
+                gather(out[:, column], places, block.arrays[name, t], block.positions[found])
+        return out
 
 
 def _most(unit: Unit, rows: Rows) -> bool:

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
@@ -28,18 +28,20 @@ from drl_data.backbones import Backbone, Model, find_model, load_backbone
 from drl_data.conditions import SampleConditions
 from drl_data.errors import FeatureError, SpecError, StoreMismatchError, TapError
 from drl_data.features import FeatureComputer
+from drl_data.fits import fitted
 from drl_data.flops import FeatureFlops
 from drl_data.images import ImageBatch, read_batches
 from drl_data.noise import noise_shape
 from drl_data.plan import InvalidRow, Unit
-from drl_data.receipts import Receipt, RunRecord, UnitCounts
-from drl_data.reduce import TORCH_DTYPES, to_storage
+from drl_data.quantise import DamageMeter, companions, from_storage, storage_buffer, to_storage
+from drl_data.receipts import Damage, Receipt, RunRecord, UnitCounts
 from drl_data.schedule import NoSchedule, resolve_times
 from drl_data.spec import (
     ArraySpec,
     BackboneSpec,
     ConditionSpec,
     FeatureSpec,
+    ImageSpec,
     ResolvedTime,
     RunSpec,
     file_digest,
@@ -64,9 +66,11 @@ class ExtractTask:
         computers: Sequence[FeatureComputer],
         conditions: SampleConditions,
         run: RunSpec,
+        fits: Mapping[str, int] | None = None,
     ) -> None:
         self._store = store
         self._conditions = conditions
+        self._fits = dict(fits or {})
         self._spec = store.spec
         self._index = store.index
         self._run = run
@@ -86,8 +90,9 @@ class ExtractTask:
             ObjectError: storage that failed.
         """
         clock = Clock(self._device)
-        per_row = sum(array.bytes_per_row for array in self._store.arrays)
-        features_bytes = len(self._store.times) * unit.n_rows * per_row
+        n_times = len(self._store.times)
+        per_row = sum(a.n_cells(n_times) * a.bytes_per_row for a in self._store.arrays)
+        features_bytes = unit.n_rows * per_row
         prefetch_bytes = max(self._run.memory_bytes // 32, 1)
         with self._budget.reserve(features_bytes + prefetch_bytes):
             batches = read_batches(
@@ -97,6 +102,7 @@ class ExtractTask:
                 batch_size=self._spec.batch_size,
                 n_threads=self._run.decode_threads,
                 prefetch_bytes=prefetch_bytes,
+                views=True,
             )
             with closing(batches):
                 primed = itertools.chain([next(batches)], batches)  # reads while others compute
@@ -116,23 +122,28 @@ class ExtractTask:
                     device=_device_name(self._device),
                     versions=_versions(),
                     attempt=attempt,
+                    damage=computed.damage,
                 ),
-                UnitCounts(input_bytes=computed.input_bytes, clipped=computed.clipped),
+                UnitCounts(
+                    input_bytes=computed.input_bytes, clipped=computed.clipped, fits=self._fits
+                ),
             )
 
     def _compute_unit(
         self, unit: Unit, batches: Iterator[ImageBatch], computer: FeatureComputer, clock: Clock
     ) -> _Computed:
         features = {
-            array.name: torch.empty(
-                (len(self._store.times), unit.n_rows, *array.shape),
-                dtype=TORCH_DTYPES[array.dtype],
-                pin_memory=self._device.type == "cuda",
+            array.name: storage_buffer(
+                array,
+                (self._store.n_cells(array.name), unit.n_rows),
+                pinned=self._device.type == "cuda",
             )
             for array in self._store.arrays
         }
         computed = _Computed(features)
         overflowed: list[tuple[str, int, Tensor]] = []
+        meters: dict[str, DamageMeter] = defaultdict(DamageMeter)
+        clip = self._spec.overflow == "clip"
         for batch in clock.waiting(batches):
             clock.add("read", batch.read_s)
             clock.add("decode", batch.decode_s)
@@ -145,18 +156,27 @@ class ExtractTask:
             if not rows:
                 continue
             place = [batch.start - unit.start + row for row in rows]
-            keys = [*batch.keys, *[""] * (len(batch.pixels) - batch.n_rows)]
-            for t, captured in computer.compute(batch.pixels, keys, clock, told.conditioning):
-                with clock.stage("copy"):
-                    for name, x in captured.items():
-                        chosen = x[: batch.n_rows] if len(rows) == batch.n_rows else x[rows]
-                        cast, count = to_storage(
-                            chosen, self._spec.dtype, clip=self._spec.overflow == "clip"
-                        )
-                        overflowed.append((name, t, count))
-                        _copy_rows(features[name][t], place, cast)
+            for view, keys in enumerate(noise_keys(batch, self._spec.images)):
+                pixels = batch.of_view(view)
+                for t, captured in computer.compute(pixels, keys, clock, told.conditioning):
+                    with clock.stage("copy"):
+                        for name, x in captured.items():
+                            chosen = x[: batch.n_rows] if len(rows) == batch.n_rows else x[rows]
+                            array = self._store.array(name)
+                            stored, count = to_storage(chosen, array, clip=clip)
+                            overflowed.append((name, t, count))
+                            cell = array.cell(t, view, len(self._store.times))
+                            for part, cast in stored.items():
+                                _copy_rows(features[part][cell], place, cast)
+                            if unit.id == 0 and batch.start == unit.start:
+                                meters[name].add(chosen, from_storage(stored, array))
         clock.synchronize()
         computed.clipped = self._check_overflow(unit, overflowed)
+        computed.damage = {
+            name: Damage(relative_rmse=found[0], cosine=found[1])
+            for name, meter in meters.items()
+            if (found := meter.result()) is not None
+        }
         return computed
 
     def _check_overflow(
@@ -220,11 +240,13 @@ def make_task(
     computer = FeatureComputer(
         loaded, _frozen_taps(loaded, store), conditions.constant, store.times, store.spec
     )
-    if loaded.device.type != "cpu":
-        return ExtractTask(store, [computer], conditions, run)
-    torch.set_num_threads(1)
-    replicas = [computer.replica() for _ in range(n_cpus - 1)]
-    return ExtractTask(store, [computer, *replicas], conditions, run)
+    on_cpu = loaded.device.type == "cpu"
+    if on_cpu:
+        torch.set_num_threads(1)
+    fits, checksums = fitted(store, computer, conditions, run)
+    computer = computer.with_taps(computer.taps, fits)
+    replicas = [computer.replica() for _ in range(n_cpus - 1)] if on_cpu else []
+    return ExtractTask(store, [computer, *replicas], conditions, run, checksums)
 
 
 def condition_files(condition: ConditionSpec) -> dict[str, str]:
@@ -249,8 +271,9 @@ def resolve_features(
     _check_corruption(backbone, spec)
     for condition in conditions[1:]:
         backbone.conditioning(condition)
-    arrays = backbone.arrays(taps, spec.images, conditions[0], times[0], spec.dtype)
-    return arrays, times
+    found = backbone.arrays(taps, spec.images, conditions[0], times[0], spec.dtype)
+    arrays = [array.model_copy(update={"views": spec.images.n_views}) for array in found]
+    return tuple(part for array in arrays for part in (array, *companions(array))), times
 
 
 def count_feature_flops(model: Model, spec: FeatureSpec, condition: ConditionSpec) -> FeatureFlops:
@@ -284,7 +307,7 @@ def _frozen_taps(backbone: Backbone, store: FeatureStore) -> tuple[ResolvedTap, 
     """The taps resolved against this model, refused if they are not those that the store froze."""
     taps = backbone.resolve(store.spec.taps)
     now = [(tap.name, tap.address) for tap in taps]
-    frozen = [(array.name, array.tap) for array in store.arrays]
+    frozen = [(array.name, array.tap) for array in store.features]
     if now != frozen:
         raise TapError(
             f"{store.url}: the taps resolve differently than when the store was made.\n"
@@ -303,6 +326,16 @@ class _Computed:
     invalid: list[InvalidRow] = field(default_factory=list)
     input_bytes: int = 0
     clipped: dict[str, int] = field(default_factory=dict)
+    damage: dict[str, Damage] = field(default_factory=dict)
+
+
+def noise_keys(batch: ImageBatch, images: ImageSpec) -> Iterator[list[str]]:
+    """What the noise of each row is seeded by, for each view: the sample's key, and for views but
+    the image itself also the view's name. Rows past the end have the key ""."""
+    rest = [""] * (len(batch.pixels) - batch.n_rows)
+    for name in images.view_names or ("id",):
+        suffix = "" if name == "id" else f"\x1f{name}"
+        yield [*(f"{key}{suffix}" for key in batch.keys), *rest]
 
 
 def _merged(first: Sequence[InvalidRow], second: Sequence[InvalidRow]) -> list[InvalidRow]:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from drl_data.backbones import Backbone, Conditioning
 from drl_data.noise import batch_noise
-from drl_data.reduce import reduce
 from drl_data.schedule import NoiseSchedule, corrupt, ddim_step, inversion_times, mask_patches
 from drl_data.spec import FeatureSpec, NoiseSpec, ResolvedTime
+from drl_data.tap_reducer import Fits, TapReducer
 from drl_data.taps import ResolvedTap
 
 
@@ -49,9 +49,13 @@ class FeatureComputer:
         conditioning: Conditioning,
         times: Sequence[ResolvedTime],
         spec: FeatureSpec,
+        fits: Fits | None = None,
     ) -> None:
         self.backbone = backbone
-        self._taps = tuple(taps)
+        self.taps = tuple(taps)
+        self._fits = fits
+        self.dims: dict[str, tuple[str, ...]] = {}
+        """Names of the axes of each array that `compute` has given."""
         self._conditioning = conditioning
         self._times = tuple(times)
         self._spec = spec
@@ -63,7 +67,13 @@ class FeatureComputer:
     def replica(self) -> FeatureComputer:
         """Another computer on the same weights, for another thread: hooks are not shared."""
         other = copy.copy(self)
-        other.backbone = self.backbone.replica()
+        other.backbone, other.dims = self.backbone.replica(), {}
+        return other
+
+    def with_taps(self, taps: Sequence[ResolvedTap], fits: Fits | None = None) -> FeatureComputer:
+        """The same computer for other taps, or with fitted reductions; for the same thread."""
+        other = copy.copy(self)
+        other.taps, other._fits, other.dims = tuple(taps), fits, {}
         return other
 
     @torch.no_grad()
@@ -78,20 +88,33 @@ class FeatureComputer:
 
         `pixels` is uint8 [b, c, H, W], `keys` names its samples, `conditioning` is theirs if it
         differs between samples (default: what the computer was made with). The features are on the
-        backbone's device in its dtype (float32 if averaged over members). The image is encoded
-        once, whatever the number of timesteps and members. The timesteps come in the order of the
-        spec, but of an inversion in the order in which it meets them.
+        backbone's device in its dtype, or float32 (averages over members, some reductions). The
+        image is encoded once, whatever the number of timesteps and members. The timesteps come in
+        the order of the spec, but of an inversion in the order in which it meets them. What is the
+        same at every timestep comes with the first of them, what is averaged over them with the
+        last.
         """
         told = self._conditioning if conditioning is None else conditioning
+        reducer = TapReducer(self.taps, n_times=len(self._times), fits=self._fits)
         with clock.stage("encode"):
-            latents = self._latents(pixels, keys)
-        if self._path:
-            yield from self._inverted(latents[0], told, clock)
-        else:
-            yield from self._corrupted(latents, keys, told, clock)
+            latents, timeless = self._latents(pixels, keys, reducer)
+        along = (
+            self._inverted(latents[0], told, reducer, clock)
+            if self._path
+            else self._corrupted(latents, keys, told, reducer, clock)
+        )
+        for t, features in along:
+            self.dims.update(reducer.dims)
+            yield t, features | timeless
+            timeless = {}
 
     def _corrupted(
-        self, latents: Sequence[Tensor], keys: Sequence[str], told: Conditioning, clock: StageClock
+        self,
+        latents: Sequence[Tensor],
+        keys: Sequence[str],
+        told: Conditioning,
+        reducer: TapReducer,
+        clock: StageClock,
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Features of the latents of each member, with noise or a mask, at each timestep."""
         spec = self._spec.noise
@@ -106,11 +129,11 @@ class FeatureComputer:
                     x if eps is None else degrade(x, eps, when)
                     for x, eps in zip(latents, noise, strict=True)
                 ]
-                features = self._features_at(noisy, when, told)
+                features = self._features_at(t, noisy, told, reducer)
             yield t, features
 
     def _inverted(
-        self, latents: Tensor, told: Conditioning, clock: StageClock
+        self, latents: Tensor, told: Conditioning, reducer: TapReducer, clock: StageClock
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Features along the DDIM inversion of the latents (Song et al. 2021, section 4.3).
 
@@ -124,30 +147,43 @@ class FeatureComputer:
         x = latents.float()
         for here, there in pairwise(self._path):
             t = wanted.get(here.requested)
-            taps = () if t is None else self._taps
             with clock.stage("denoise"):
                 given = x.to(latents.dtype)
                 if here.requested == deepest:
-                    features = self._features_at([given], here, told)
+                    assert t is not None
+                    features = self._features_at(t, [given], told, reducer)
                 else:
-                    output, features = self.backbone.denoise(given, here, told, taps, _reduced)
+                    if t is not None:
+                        reducer.start(t, 1)
+                    taps = () if t is None else reducer.denoiser
+                    output, _ = self.backbone.denoise(given, here, told, taps, reducer.take)
+                    features = {} if t is None else reducer.finish()
                     x = ddim_step(output.float(), x, here, there, schedule.prediction)
             if t is not None:
                 yield t, features
             if here.requested == deepest:
                 return
 
-    def _latents(self, pixels: npt.NDArray[np.uint8], keys: Sequence[str]) -> list[Tensor]:
-        """The latents of each member: a draw each, or one that all share."""
+    def _latents(
+        self, pixels: npt.NDArray[np.uint8], keys: Sequence[str], reducer: TapReducer
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The latents of each member, a draw each or one that all share; and the features that are
+        the same at every timestep."""
         spec = self._spec.latents
         n_members = self._spec.noise.members
         draws = spec.posterior == "sample" and spec.per_member
-        posterior = self.backbone.encode(self._scaled(pixels))
+        n_latents = n_members if draws else 1
+        reducer.start(0, n_latents)
+        posterior = self.backbone.encode_and_tap(
+            self._scaled(pixels), reducer.encoder, reducer.take
+        )
         latents = [
             posterior.latents(self._posterior_noise(keys, member, posterior.mean), scale=spec.scale)
-            for member in range(n_members if draws else 1)
+            for member in range(n_latents)
         ]
-        return latents if draws else latents * n_members
+        for x in latents:
+            self.backbone.decode_and_tap(x, reducer.decoder, reducer.take, scaled=spec.scale)
+        return latents if draws else latents * n_members, reducer.finish()
 
     def _scaled(self, pixels: npt.NDArray[np.uint8]) -> Tensor:
         """uint8 0..255 mapped onto the range of the image spec, in the backbone's dtype."""
@@ -179,30 +215,10 @@ class FeatureComputer:
         return [None if e is None else e.to(x) for e, x in zip(drawn, latents, strict=True)]
 
     def _features_at(
-        self, noisy: Sequence[Tensor], when: ResolvedTime, conditioning: Conditioning
+        self, t: int, noisy: Sequence[Tensor], told: Conditioning, reducer: TapReducer
     ) -> dict[str, Tensor]:
         """Features of one timestep: the mean over members in float32, then the reductions."""
-        sums: dict[str, Tensor] = {}
-        dims_of: dict[str, tuple[str, ...]] = {}
-
-        def take(tap: ResolvedTap, x: Tensor, dims: tuple[str, ...]) -> Tensor:
-            if len(noisy) == 1:
-                return _reduced(tap, x, dims)
-            dims_of[tap.name] = dims
-            sums[tap.name] = sums[tap.name] + x if tap.name in sums else x.float().clone()
-            return x
-
-        captured: dict[str, Tensor] = {}
+        reducer.start(t, len(noisy))
         for x in noisy:
-            captured = self.backbone.tap(x, when, conditioning, self._taps, take)
-        if len(noisy) == 1:
-            return captured
-        return {
-            tap.name: reduce(sums[tap.name] / len(noisy), dims_of[tap.name], tap.reduce)[0]
-            for tap in self._taps
-        }
-
-
-def _reduced(tap: ResolvedTap, x: Tensor, dims: tuple[str, ...]) -> Tensor:
-    """The reductions of a tap; a copy where there are none, as the model may change x in place."""
-    return reduce(x, dims, tap.reduce)[0] if tap.reduce else x.clone()
+            self.backbone.tap(x, self._times[t], told, reducer.denoiser, reducer.take)
+        return reducer.finish()

@@ -6,7 +6,7 @@ torch has no formula for the CPU's fused attention and would leave it out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -53,18 +53,18 @@ def trace(
     model: nn.Module,
     forward: Callable[[], object],
     *,
-    select: Callable[[str, object], object] = lambda path, output: output,
+    select: Callable[[nn.Module, object], Tensor | None],
 ) -> tuple[list[ModuleCall], int]:
     """Every module that puts out a tensor, in the order of the tree, and the FLOPs of the whole.
 
-    `select` says which part of what the module at a path puts out is meant (several streams).
+    `select` says which tensor of what a module puts out is meant; None where there is none.
     """
     calls: dict[str, ModuleCall] = {}
     counter = FlopCounterMode(display=False)
 
     def note(path: str) -> Callable[[nn.Module, object, object], None]:
         def hook(module: nn.Module, _: object, output: object) -> None:
-            tensor = _first_tensor(select(path, output))
+            tensor = select(module, output)
             if tensor is not None and path not in calls:
                 through = int(counter.get_total_flops())
                 calls[path] = ModuleCall(path, type(module).__name__, tensor, through)
@@ -82,12 +82,3 @@ def trace(
             handle.remove()
     ordered = [calls[path] for path, _ in model.named_modules() if path in calls]
     return ordered, int(counter.get_total_flops())
-
-
-def _first_tensor(value: object) -> Tensor | None:
-    if isinstance(value, Tensor):
-        return value
-    entries = tuple(value.values()) if isinstance(value, Mapping) else value
-    if not isinstance(entries, tuple | list):
-        return None
-    return next((entry for entry in entries if isinstance(entry, Tensor)), None)

@@ -9,10 +9,11 @@ Shape suffixes: h height, w width, c channel, b row of a batch; pixels are uint8
 from __future__ import annotations
 
 import io
+import math
 import re
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -23,8 +24,9 @@ from drl_data.errors import ImageError, InputError, ObjectNotFoundError
 from drl_data.index import SampleIndex, TarInfo
 from drl_data.objects import Buffer, Folder, open_parent
 from drl_data.plan import InvalidRow, Unit
-from drl_data.spec import ImageSpec
+from drl_data.spec import CropViews, ImageSpec
 from drl_data.tar import GzipSource
+from drl_data.views import seeded_crop
 
 MAX_SPAN_BYTES = 64 << 20
 """Largest range that is fetched at once, unless one image is larger."""
@@ -65,17 +67,48 @@ def decode_image(data: Buffer, spec: ImageSpec) -> np.ndarray:
     Raises:
         ImageError: at stage `decode`, whatever is wrong with these bytes.
     """
+    return _decode(data, spec, lambda image: _as_chw(_fitted(image, spec), spec))
+
+
+def decode_views(data: Buffer, spec: ImageSpec, key: str) -> np.ndarray:
+    """Pixels uint8 [view, c, h, w] of the views that the spec names, of one decoded image.
+
+    Raises:
+        ImageError: as `decode_image`.
+    """
+    return _decode(data, spec, lambda image: np.stack(list(_views(image, spec, key))))
+
+
+def _decode(
+    data: Buffer, spec: ImageSpec, finish: Callable[[Image.Image], np.ndarray]
+) -> np.ndarray:
     try:
         image = _open(data)
         _check_n_pixels(image.size, spec)
         image.load()
-        image = _fitted(_flattened(_upright(image), spec), spec)
-        pixels_hwc = np.asarray(image).reshape(*spec.size, spec.n_channels)
+        return finish(_flattened(_upright(image), spec))
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # a decoder may raise anything on hostile bytes: this row's fault
         raise ImageError("decode", _one_line(error)) from error
+
+
+def _as_chw(image: Image.Image, spec: ImageSpec) -> np.ndarray:
+    pixels_hwc = np.asarray(image).reshape(*spec.size, spec.n_channels)
     return np.ascontiguousarray(pixels_hwc.transpose(2, 0, 1))
+
+
+def _views(image: Image.Image, spec: ImageSpec, key: str) -> Iterator[np.ndarray]:
+    whole = None
+    for view in spec.views:
+        if isinstance(view, CropViews):
+            for number in range(view.n):
+                crop = seeded_crop(image, spec.size, _FILTERS[spec.filter], view, number, key)
+                yield _as_chw(crop, spec)
+            continue
+        if whole is None:
+            whole = _as_chw(_fitted(image, spec), spec)
+        yield whole if view == "id" else whole[..., ::-1]
 
 
 def _one_line(error: Exception) -> str:
@@ -174,7 +207,8 @@ def _fitted(image: Image.Image, spec: ImageSpec) -> Image.Image:
 class ImageBatch:
     """Consecutive rows of one unit, decoded.
 
-    `pixels` is uint8 [batch_size, c, h, w]; invalid rows, and rows past `n_rows`, are zeros.
+    `pixels` is uint8 [batch_size, c, h, w], or [batch_size, view, c, h, w]; invalid rows, and rows
+    past `n_rows`, are zeros.
     `read_s` and `decode_s` are seconds summed over threads.
     """
 
@@ -188,6 +222,10 @@ class ImageBatch:
     read_s: float
     decode_s: float
 
+    def of_view(self, view: int) -> np.ndarray:
+        """Pixels [batch_size, c, h, w] of one view; without the axis, of the only one."""
+        return self.pixels if self.pixels.ndim == 4 else self.pixels[:, view]
+
 
 def read_batches(
     unit: Unit,
@@ -197,8 +235,11 @@ def read_batches(
     batch_size: int,
     n_threads: int,
     prefetch_bytes: int,
+    views: bool = False,
 ) -> Generator[ImageBatch]:
     """The unit's rows in order, `batch_size` at a time, decoded ahead in `n_threads` threads.
+
+    With `views` the images come in the views of the spec, if it has any; else as they are.
 
     `prefetch_bytes` bounds what is fetched and decoded ahead of the consumer; what the next batch
     needs is always fetched. Closing the generator ends its threads. A gzip tar is inflated from its
@@ -208,6 +249,8 @@ def read_batches(
         InputError: if a tar is gone or has changed since it was indexed.
         ObjectError: if a read fails.
     """
+    if not views:
+        spec = spec.model_copy(update={"views": ()})
     reader = _UnitReader(unit, index, spec, batch_size, n_threads, prefetch_bytes)
     try:
         reader.check_tars()
@@ -263,6 +306,8 @@ class _UnitReader:
         prefetch_bytes: int,
     ) -> None:
         self._unit, self._spec, self._batch_size = unit, spec, batch_size
+        axis = [spec.n_views] if spec.views else []
+        self._row_shape = (*axis, spec.n_channels, *spec.size)
         rows = index.slice(unit.start, unit.stop)
         self._keys: list[str] = rows.column("key").to_pylist()
         self._reasons: list[str | None] = rows.column("reason").to_pylist()
@@ -317,7 +362,7 @@ class _UnitReader:
 
     def _fetch_ahead(self, stop: int) -> None:
         """Start on everything that rows up to `stop` need, and on more while the budget lasts."""
-        bytes_per_row = self._spec.n_channels * self._spec.size[0] * self._spec.size[1]
+        bytes_per_row = math.prod(self._row_shape)
         while self._spans:
             span = self._spans[0]
             cost = span.stop - span.start + bytes_per_row * len(span.places)
@@ -329,15 +374,15 @@ class _UnitReader:
             read = self._tars[span.tar].submit(self._readers, span)
             for i, place in enumerate(span.places):
                 behind = (place.row - self._unit.start) % self._batch_size
-                out_chw = self._batch_pixels(place.row - behind)[behind]
+                out = self._batch_pixels(place.row - behind)[behind]
+                key = self._keys[place.row - self._unit.start]
                 self._decoded[place.row] = self._decoders.submit(
-                    _decode_into, out_chw, read, i, self._spec
+                    _decode_into, out, read, i, self._spec, key
                 )
 
     def _batch_pixels(self, start: int) -> np.ndarray:
         if start not in self._pixels:
-            shape = (self._batch_size, self._spec.n_channels, *self._spec.size)
-            self._pixels[start] = np.zeros(shape, np.uint8)
+            self._pixels[start] = np.zeros((self._batch_size, *self._row_shape), np.uint8)
         return self._pixels[start]
 
 
@@ -367,13 +412,16 @@ class _Read:
     s_per_byte: float
 
 
-def _decode_into(out_chw: np.ndarray, read: Future[_Read], i: int, spec: ImageSpec) -> _Decoded:
+def _decode_into(
+    out: np.ndarray, read: Future[_Read], i: int, spec: ImageSpec, key: str
+) -> _Decoded:
+    """Decode the i-th image of a span into `out`, [c, h, w] or [view, c, h, w]."""
     fetched = read.result()
     data = fetched.images[i]
     start = time.perf_counter()
     error: ImageError | None = None
     try:
-        out_chw[:] = decode_image(data, spec)
+        out[:] = decode_views(data, spec, key) if spec.views else decode_image(data, spec)
     except ImageError as problem:
         error = problem
     seconds = time.perf_counter() - start

@@ -102,7 +102,7 @@ class PooledFeatures:
         self._pixels = pixels
         self.split = split
         self.train_split, self.test_split = spec.train, spec.test
-        self.shapes = {a.name: (len(store.times), _n_pooled(a, spec.pool)) for a in store.arrays}
+        self.shapes = {a.name: (len(store.times), _n_pooled(a, spec.pool)) for a in store.features}
         if pixels:
             images = store.spec.images
             sides = [min(side, MAX_PIXEL_SIDE) for side in images.size]
@@ -149,7 +149,7 @@ class PooledFeatures:
         )
         if epoch is not None:
             stream.set_epoch(epoch)
-        dims = {a.name: a.dims for a in self._store.arrays}
+        dims = {a.name: a.dims for a in self._store.features}
         for batch in stream:
             x = {
                 name: _pooled(f, dims[name], self._spec.pool) for name, f in batch.features.items()

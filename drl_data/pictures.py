@@ -17,10 +17,10 @@ import numpy.typing as npt
 from PIL import Image
 from scipy import linalg
 
+from drl_data.datasets import read_features
 from drl_data.errors import InputError, ObjectError
 from drl_data.images import read_batches
 from drl_data.plan import Unit
-from drl_data.shards import Array
 from drl_data.spec import ArraySpec
 from drl_data.store import FeatureStore
 
@@ -188,7 +188,7 @@ class Features:
 
 def feature_pictures(store: FeatureStore, candidates: Sequence[Shown]) -> Features | None:
     """Colours of some taps and timesteps on some of the candidates; None without maps or images."""
-    arrays = [a for a in store.arrays if _grid(a) is not None]
+    arrays = [a for a in store.features if _grid(a) is not None]
     if not arrays or not candidates:
         return None
     # One image of each label first, so that the pictures differ.
@@ -225,7 +225,7 @@ def _tap_pictures(
     wanted = np.concatenate([rows, _spread(valid, n_fitted)]) if n_fitted else rows
     columns = []
     for t in times:
-        features = _as_maps(store.read_rows(array.name, t, wanted), array)
+        features = _as_maps(read_features(store, array.name, t, wanted).float().numpy(), array)
         pictures = pca_colours(features)[: len(rows)]
         columns.append([png_uri(shrunk(picture, MAP_SIDE)) for picture in pictures])
     return FeaturePictures(
@@ -236,14 +236,10 @@ def _tap_pictures(
     )
 
 
-def _as_maps(stored: Array, array: ArraySpec) -> npt.NDArray[np.float32]:
-    """Stored rows [n, *shape] as float32 [n, c, h, w]."""
+def _as_maps(values: npt.NDArray[np.float32], array: ArraySpec) -> npt.NDArray[np.float32]:
+    """Rows [n, *shape] as [n, c, h, w]."""
     grid = _grid(array)
     assert grid is not None
-    if array.dtype == "bfloat16":
-        values = (stored.astype(np.uint32) << 16).view(np.float32)
-    else:
-        values = stored.astype(np.float32)
     if array.dims == ("token", "channel"):
         values = values.transpose(0, 2, 1)
     return values.reshape(len(values), -1, *grid)

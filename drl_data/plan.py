@@ -127,9 +127,9 @@ def estimate(
         arrays=tuple(
             ArrayCost(
                 name=a.name,
-                bytes_per_sample=a.bytes_per_row * n_timesteps,
-                bytes_total=a.bytes_per_row * n_timesteps * n_samples,
-                n_objects=n_units * n_timesteps,
+                bytes_per_sample=a.bytes_per_row * a.n_cells(n_timesteps),
+                bytes_total=a.bytes_per_row * a.n_cells(n_timesteps) * n_samples,
+                n_objects=n_units * a.n_cells(n_timesteps),
             )
             for a in arrays
         ),

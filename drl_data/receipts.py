@@ -18,6 +18,14 @@ from drl_data.spec import FORMAT_VERSION, Spec, canonical_json
 Count = Annotated[int, Field(ge=0)]
 
 
+class Damage(Spec):
+    """What storing an array cost, against the features as computed: |x - y| / |x| over all values,
+    and the mean cosine of rows."""
+
+    relative_rmse: float
+    cosine: float
+
+
 class RunRecord(Spec):
     """How a unit was computed: seconds by stage, peak memory, where, with what. Never content."""
 
@@ -29,13 +37,17 @@ class RunRecord(Spec):
     device: str = ""
     versions: dict[str, str] = Field(default_factory=dict)
     attempt: Annotated[int, Field(ge=1)] = 1
+    damage: dict[str, Damage] = Field(default_factory=dict)
+    """By array, measured on the first batch of unit 0; empty in other units."""
 
 
 class UnitCounts(Spec):
-    """What was counted while a unit was computed: image bytes read, values clipped per array."""
+    """What was counted while a unit was computed: image bytes read, values clipped per array; and
+    with which fitted reductions (CRC-32C of their objects)."""
 
     input_bytes: Count = 0
     clipped: dict[str, Count] = Field(default_factory=dict)
+    fits: dict[str, Count] = Field(default_factory=dict)
 
 
 class ObjectRecord(Spec):
@@ -105,6 +117,11 @@ class Receipt(Spec):
 def receipt_path(unit: Unit) -> str:
     """Path of a unit's receipt in the store."""
     return f"receipts/{unit.id:08d}.json"
+
+
+def fit_path(array: str) -> str:
+    """Path of the object that an array's fitted reduction is in."""
+    return f"fits/{array}.safetensors"
 
 
 def conflict(mine: Receipt, signed: Receipt) -> list[str]:

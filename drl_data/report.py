@@ -113,7 +113,9 @@ def _array_bytes(
     for receipt in receipts:
         for record in receipt.objects:
             written[record.path.split("/")[0]] += record.n_bytes
-    return [(a, a.bytes_per_row * len(store.times), written[a.name]) for a in store.arrays]
+    return [
+        (a, a.bytes_per_row * a.n_cells(len(store.times)), written[a.name]) for a in store.arrays
+    ]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drl_data.errors import SpecError
+from drl_data.errors import SpecError, TapError
 from drl_data.spec import STEPPED, NoiseSpec, ResolvedTime, ScheduleSpec
 
 Prediction = Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
@@ -70,6 +70,13 @@ class Schedule(Protocol):
             SpecError: for a convention that is not its own, or a timestep outside of it.
         """
 
+    def predicted(self, what: str, output: Tensor, x: Tensor, time: ResolvedTime) -> Tensor:
+        """The network's `output` for the noisy x as x0, eps or v; all [b, c, h, w].
+
+        Raises:
+            TapError: this model predicts nothing.
+        """
+
 
 def require_convention(spec: ScheduleSpec, kind: str, *conventions: str) -> None:
     """Raise SpecError if a schedule is asked in a convention that is not its own."""
@@ -91,6 +98,10 @@ class NoSchedule:
         """
         require_convention(spec, "no noise schedule", "none")
         return (ResolvedTime(requested=0, convention="none", model_time=0, alpha=1.0, sigma=0.0),)
+
+    def predicted(self, what: str, output: Tensor, x: Tensor, time: ResolvedTime) -> Tensor:
+        """Refused: there is no noise to predict."""
+        raise TapError(f"tap {what}: this model is no denoiser, it predicts nothing")
 
 
 @dataclass(frozen=True)
@@ -124,6 +135,10 @@ class NoiseSchedule:
             ]
 
         return resolve_steps(spec, steps)
+
+    def predicted(self, what: str, output: Tensor, x: Tensor, time: ResolvedTime) -> Tensor:
+        """The network's `output` for x_t as x0, eps or v; all [b, c, h, w]."""
+        return convert(what, output, x, time, self.prediction)
 
     def sampler(self, spec: ScheduleSpec) -> Sampler:
         """The scheduler whose steps the spec counts.
@@ -390,6 +405,13 @@ def mask_patches(clean: Tensor, order: Tensor, time: ResolvedTime) -> Tensor:
 
 
 # --- what a network's output means (k-diffusion: denoisers differ at the edge only) ---------------
+
+
+def convert(
+    what: str, output: Tensor, x: Tensor, time: ResolvedTime, prediction: Prediction
+) -> Tensor:
+    """The network's `output` for x_t as `what`: x0, eps or v; all [b, c, h, w]."""
+    return {"x0": to_x0, "eps": to_eps, "v": to_v}[what](output, x, time, prediction)
 
 
 def to_x0(output: Tensor, x: Tensor, time: ResolvedTime, prediction: Prediction) -> Tensor:

@@ -13,8 +13,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from drl_data.errors import SpecError
-from drl_data.schedule import require_convention
+from drl_data.schedule import convert, require_convention
 from drl_data.spec import ResolvedTime, ScheduleSpec
 
 EDM_STEPS = 18
@@ -32,14 +34,14 @@ class Preconditioning:
 
 
 def precondition(sigma: float, sigma_data: float = 0.5) -> Preconditioning:
-    """EDM's preconditioning at noise level `sigma` > 0, for data of standard deviation
-    `sigma_data`."""
+    """EDM's preconditioning at noise level `sigma`, for data of standard deviation `sigma_data`; at
+    sigma 0 the network would be told -inf."""
     total = math.hypot(sigma, sigma_data)
     return Preconditioning(
         c_skip=sigma_data**2 / total**2,
         c_out=sigma * sigma_data / total,
         c_in=1 / total,
-        c_noise=math.log(sigma) / 4,
+        c_noise=math.log(sigma) / 4 if sigma else -math.inf,
     )
 
 
@@ -91,6 +93,12 @@ class EDMSchedule:
             self._resolved(t, spec.convention, sigma)
             for t, sigma in zip(spec.timesteps, sigmas, strict=True)
         )
+
+    def predicted(self, what: str, output: Tensor, x: Tensor, time: ResolvedTime) -> Tensor:
+        """The preconditioned F for x = c_in (x_0 + sigma eps), as x0 = D, eps or v."""
+        c = precondition(time.sigma / time.alpha, self.sigma_data)
+        clean = c.c_skip * x / time.alpha + c.c_out * output
+        return convert(what, clean, x, time, "sample")
 
     def _resolved(self, requested: float, convention: str, sigma: float) -> ResolvedTime:
         c = precondition(sigma, self.sigma_data)

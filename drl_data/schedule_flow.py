@@ -9,11 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from drl_data.errors import SpecError
 from drl_data.schedule import (
     Sampler,
     Step,
+    convert,
     require_convention,
     require_sampler,
     resolve_steps,
@@ -48,6 +50,10 @@ class FlowSchedule:
                 "unit that its family has; leave it out"
             )
         return resolve_steps(spec, lambda field, values: self._steps(spec, field, values))
+
+    def predicted(self, what: str, output: Tensor, x: Tensor, time: ResolvedTime) -> Tensor:
+        """The velocity v = eps - x_0 that the network puts out, as x0, eps or v."""
+        return output if what == "v" else convert(what, output, x, time, "flow_prediction")
 
     def _steps(self, spec: ScheduleSpec, field: str, values: Sequence[float]) -> list[Step]:
         if spec.convention == "none":

@@ -28,6 +28,7 @@ class Selection:
     keys: pa.Array
     taps: tuple[str, ...]
     times: tuple[int, ...]
+    view: int
 
     def keys_at(self, places: npt.NDArray[np.int64]) -> list[str]:
         """Keys of the rows at these positions in `rows`."""
@@ -43,18 +44,20 @@ def select(
     labelled: bool = False,
     include_invalid: bool = False,
     partial: bool = False,
+    view: str | None = None,
 ) -> Selection:
     """Rows of one split (or all), in order; taps and timesteps in the order given (or all).
 
     `labelled` leaves out rows without a label. `include_invalid` keeps rows without features; they
-    read as NaN. `partial` allows a store with pending units, whose rows are left out.
+    read as NaN. `partial` allows a store with pending units, whose rows are left out. `view` names
+    one of the store's views; the first is the default.
 
     Raises:
         TapError: an unknown tap or timestep.
         SpecError: no row is left, or nothing is asked for.
         StoreError: units are pending.
     """
-    names = tuple(taps) if taps is not None else tuple(array.name for array in store.arrays)
+    names = tuple(taps) if taps is not None else tuple(array.name for array in store.features)
     wanted = timesteps if timesteps is not None else [time.requested for time in store.times]
     for name in names:
         store.array(name)
@@ -87,4 +90,5 @@ def select(
         keys=chosen["key"].combine_chunks(),
         taps=names,
         times=times,
+        view=store.view_index(view),
     )

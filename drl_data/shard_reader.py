@@ -63,19 +63,19 @@ class ShardReader:
         self._mapped = lru_cache(MAX_MAPS)(self._map)
         self._regular: dict[str, bool] = {}
 
-    def read_unit(self, name: str, time_index: int, unit: Unit) -> Array:
+    def read_unit(self, name: str, cell: int, unit: Unit) -> Array:
         """Features [unit.n_rows, *shape]: see `FeatureStore.read_unit`."""
         if self._local:
-            mapped = self._map(name, time_index, unit)
+            mapped = self._map(name, cell, unit)
             if mapped is not None:
                 return mapped
-        path = self._path(name, time_index, unit)
+        path = self._path(name, cell, unit)
         with _Pending(self._folder, path, unit):
             data = self._folder.get(path)
         rows = self._layouts[name].rows(np.frombuffer(data, np.uint8), unit.n_rows)
-        return self._decode(data, name, time_index, unit) if rows is None else rows
+        return self._decode(data, name, cell, unit) if rows is None else rows
 
-    def read_rows(self, name: str, time_index: int, rows: Rows) -> Array:
+    def read_rows(self, name: str, cell: int, rows: Rows) -> Array:
         """Features [len(rows), *shape]: see `FeatureStore.read_rows`."""
         layout = self._layouts[name]
         out = np.empty((len(rows), *layout.row_shape), layout.stored)
@@ -84,18 +84,18 @@ class ShardReader:
         if self._local:
             for run in self._runs(ordered, max_gap_rows=self._rows_per_unit):
                 unit = self._unit_of(ordered[run.start])
-                shard = self._mapped(name, time_index, unit)
+                shard = self._mapped(name, cell, unit)
                 if shard is None:
-                    shard = self.read_unit(name, time_index, unit)
+                    shard = self.read_unit(name, cell, unit)
                 gather(out, order[run], shard, ordered[run] - unit.start)
             return out
         units = [self._units[i] for i in np.unique(ordered // self._rows_per_unit).tolist()]
-        in_threads(lambda unit: self._check(name, time_index, unit), units)
+        in_threads(lambda unit: self._check(name, cell, unit), units)
 
         def read(run: slice) -> None:
             first, last = int(ordered[run.start]), int(ordered[run.stop - 1])
             unit = self._unit_of(first)
-            block = self._read_range(name, time_index, unit, first, last + 1)
+            block = self._read_range(name, cell, unit, first, last + 1)
             gather(out, order[run], block, ordered[run] - first)
 
         in_threads(read, self._runs(ordered, max_gap_rows=MAX_GAP_BYTES // layout.row_bytes))
@@ -104,8 +104,8 @@ class ShardReader:
     def _unit_of(self, row: int | np.int64) -> Unit:
         return self._units[int(row) // self._rows_per_unit]
 
-    def _path(self, name: str, time_index: int, unit: Unit) -> str:
-        return self._layouts[name].path(name, time_index, unit.id)
+    def _path(self, name: str, cell: int, unit: Unit) -> str:
+        return self._layouts[name].path(name, cell, unit.id)
 
     def _runs(self, ordered: Rows, max_gap_rows: int) -> list[slice]:
         """Cut increasing rows where the unit changes or more than `max_gap_rows` are skipped."""
@@ -115,9 +115,9 @@ class ShardReader:
         cuts = np.flatnonzero(new_unit | (np.diff(ordered) > max_gap_rows + 1)) + 1
         return [slice(a, b) for a, b in itertools.pairwise([0, *cuts.tolist(), len(ordered)])]
 
-    def _map(self, name: str, time_index: int, unit: Unit) -> Array | None:
+    def _map(self, name: str, cell: int, unit: Unit) -> Array | None:
         """A read-only memory map of the rows; None if the shard is laid out otherwise."""
-        path = self._path(name, time_index, unit)
+        path = self._path(name, cell, unit)
         local = self._folder.local_path(path)
         assert local is not None
         layout = self._layouts[name]
@@ -125,9 +125,9 @@ class ShardReader:
             data = _map_file(local, layout.shard_bytes(unit.n_rows))
         return None if data is None else layout.rows(data, unit.n_rows)
 
-    def _check(self, name: str, time_index: int, unit: Unit) -> None:
+    def _check(self, name: str, cell: int, unit: Unit) -> None:
         """Learn, once, whether ranges of a remote shard are its rows."""
-        path = self._path(name, time_index, unit)
+        path = self._path(name, cell, unit)
         if path in self._regular:
             return
         layout = self._layouts[name]
@@ -139,11 +139,11 @@ class ShardReader:
             footer = self._folder.get_range(path, start, stop)
         self._regular[path] = bytes(footer) == layout.footer(unit.n_rows)
 
-    def _read_range(self, name: str, time_index: int, unit: Unit, first: int, stop: int) -> Array:
+    def _read_range(self, name: str, cell: int, unit: Unit, first: int, stop: int) -> Array:
         """Rows `first` to `stop` (exclusive), all in one remote shard."""
-        path = self._path(name, time_index, unit)
+        path = self._path(name, cell, unit)
         if not self._regular[path]:
-            return self.read_unit(name, time_index, unit)[first - unit.start : stop - unit.start]
+            return self.read_unit(name, cell, unit)[first - unit.start : stop - unit.start]
         layout, size = self._layouts[name], self._layouts[name].row_bytes
         with _Pending(self._folder, path, unit):
             data = self._folder.get_range(
@@ -151,15 +151,19 @@ class ShardReader:
             )
         return np.frombuffer(data, layout.stored).reshape(-1, *layout.row_shape)
 
-    def _decode(self, shard: memoryview, name: str, time_index: int, unit: Unit) -> Array:
+    def _decode(self, shard: memoryview, name: str, cell: int, unit: Unit) -> Array:
         """The rows of one shard by zarr-python, whatever the array's own `zarr.json` says."""
         import zarr  # only stores that another tool rewrote need it
         from zarr.core.buffer import default_buffer_prototype
         from zarr.storage import MemoryStore
 
         make = default_buffer_prototype().buffer.from_bytes
-        path = self._path(name, time_index, unit)
-        place = f"{self._folder.url}/{path}"
+        path = self._path(name, cell, unit)
+        where = f"{self._folder.url}/{path}"
+        inside: tuple[int | slice, ...] = (
+            slice(unit.start, unit.stop),
+            *self._layouts[name].place(cell),
+        )
         meta = self._folder.get(f"{name}/zarr.json")
         key = path.removeprefix(f"{name}/")
         memory = MemoryStore({"zarr.json": make(bytes(meta)), key: make(bytes(shard))})
@@ -167,16 +171,16 @@ class ShardReader:
             if not shard:  # zarr-python would take it for a shard of nothing but fill values
                 raise ValueError("the object is empty")
             array = zarr.open_array(memory, mode="r")
-            rows = np.asarray(array[unit.start : unit.stop, time_index])
+            rows = np.asarray(array[inside])
         except (ValueError, KeyError, RuntimeError, TypeError, IndexError) as error:
             raise StoreError(
-                f"{place}: damaged shard ({len(shard)} bytes, {type(error).__name__}: {error}); "
+                f"{where}: damaged shard ({len(shard)} bytes, {type(error).__name__}: {error}); "
                 "run `drl verify --deep`, delete the unit's receipt and extract again"
             ) from error
         layout = self._layouts[name]
         if rows.shape != (unit.n_rows, *layout.row_shape) or rows.dtype != layout.stored:
             raise StoreError(
-                f"{place}: {rows.dtype.name} {rows.shape}, want {layout.stored.name} "
+                f"{where}: {rows.dtype.name} {rows.shape}, want {layout.stored.name} "
                 f"{(unit.n_rows, *layout.row_shape)}; the array was replaced"
             )
         return rows

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from drl_data.objects import Buffer
-from drl_data.spec import DType
+from drl_data.spec import ITEMSIZE, StorageDType
 
 Array = npt.NDArray[np.generic]
 
@@ -28,15 +28,38 @@ CHUNK_BYTES = 64 << 10
 LARGE_ROW_BYTES = 16 << 10
 """Rows of at least this size are an inner chunk each."""
 
-STORED: Mapping[DType, str] = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
-"""Zarr and NumPy name of the type that holds each feature type; no Zarr reader knows bfloat16."""
+STORED: Mapping[StorageDType, str] = {
+    "float32": "float32",
+    "float16": "float16",
+    "bfloat16": "uint16",
+    "float8_e4m3fn": "uint8",
+    "float8_e5m2": "uint8",
+    "int8": "int8",
+    "uint8": "uint8",
+}
+"""Zarr and NumPy name of the type that holds each feature type; no Zarr reader knows bfloat16 or
+8-bit floating point."""
 
-_NAN_BITS: Mapping[DType, int] = {"float32": 0x7FC00000, "float16": 0x7E00, "bfloat16": 0x7FC0}
-_EXPONENT_BITS: Mapping[DType, int] = {
+_INVALID_BITS: Mapping[StorageDType, int] = {
+    "float32": 0x7FC00000,
+    "float16": 0x7E00,
+    "bfloat16": 0x7FC0,
+    "float8_e4m3fn": 0x7F,
+    "float8_e5m2": 0x7E,
+    "int8": 0,
+    "uint8": 0,
+}
+"""What invalid rows hold: a quiet NaN; in integers 0, and NaN is in their scales."""
+
+_NON_FINITE_MASK: Mapping[StorageDType, int] = {
     "float32": 0x7F800000,
     "float16": 0x7C00,
     "bfloat16": 0x7F80,
+    "float8_e4m3fn": 0x7F,  # has no infinity, and one NaN of each sign
+    "float8_e5m2": 0x7C,
 }
+"""Bits that are all ones in an Inf or a NaN, and only there."""
+
 _MISSING = 2**64 - 1
 
 
@@ -46,7 +69,9 @@ class ShardLayout:
 
     rows_per_unit: int
     row_shape: tuple[int, ...]
-    dtype: DType
+    dtype: StorageDType
+    n_times: int = 1
+    has_views: bool = False
 
     @property
     def stored(self) -> np.dtype[np.generic]:
@@ -73,9 +98,14 @@ class ShardLayout:
         """Inner chunks of a shard, present or missing."""
         return self.rows_per_unit // self.rows_per_chunk
 
-    def path(self, name: str, time_index: int, unit_id: int) -> str:
+    def place(self, cell: int) -> tuple[int, ...]:
+        """Position of a cell on the axes between the sample and the row: (time) or (view, time)."""
+        return divmod(cell, self.n_times) if self.has_views else (cell,)
+
+    def path(self, name: str, cell: int, unit_id: int) -> str:
         """Path of the object: Zarr's default key of this chunk of the array `name`."""
-        return f"{name}/c/{unit_id}/{time_index}" + "/0" * len(self.row_shape)
+        key = (unit_id, *self.place(cell), *[0] * len(self.row_shape))
+        return f"{name}/c/" + "/".join(map(str, key))
 
     @property
     def footer_bytes(self) -> int:
@@ -120,8 +150,8 @@ class ShardLayout:
         return [*(piece.data for piece in pieces if piece.size), self.footer(len(rows))]
 
     def nan_rows(self, n_rows: int) -> Array:
-        """Rows of quiet NaN, [n_rows, *row_shape]."""
-        bits = np.full((n_rows, *self.row_shape), _NAN_BITS[self.dtype], _bits_type(self.dtype))
+        """Rows as invalid ones are stored, [n_rows, *row_shape]: quiet NaN, or 0 in integers."""
+        bits = np.full((n_rows, *self.row_shape), _INVALID_BITS[self.dtype], _bits_type(self.dtype))
         return bits.view(self.stored)
 
     def rows(self, shard: Array, n_rows: int) -> Array | None:
@@ -134,8 +164,8 @@ class ShardLayout:
         return data.view(self.stored).reshape(n_rows, *self.row_shape)
 
 
-def _bits_type(dtype: DType) -> np.dtype[np.generic]:
-    return np.dtype("<u4" if dtype == "float32" else "<u2")
+def _bits_type(dtype: StorageDType) -> np.dtype[np.generic]:
+    return np.dtype(f"<u{ITEMSIZE[dtype]}")
 
 
 def crc32c(parts: Iterable[Buffer]) -> int:
@@ -147,11 +177,13 @@ def crc32c(parts: Iterable[Buffer]) -> int:
     return value
 
 
-def non_finite_rows(rows: Array, dtype: DType) -> npt.NDArray[np.int64]:
+def non_finite_rows(rows: Array, dtype: StorageDType) -> npt.NDArray[np.int64]:
     """Positions of the rows of `rows` [n, *shape] that hold an Inf or a NaN."""
-    mask = _bits_type(dtype).type(_EXPONENT_BITS[dtype])
+    if dtype not in _NON_FINITE_MASK:
+        return np.empty(0, np.int64)
+    mask = _bits_type(dtype).type(_NON_FINITE_MASK[dtype])
     bits = np.ascontiguousarray(rows).reshape(len(rows), -1).view(_bits_type(dtype))
-    # An exponent of all ones is Inf or NaN. In blocks, so that the temporary stays in the cache.
+    # In blocks, so that the temporary stays in the cache.
     step = max((1 << 20) // (bits.shape[1] * bits.itemsize), 1)
     blocks = [
         start + np.flatnonzero((bits[start : start + step] & mask).max(axis=1) == mask)

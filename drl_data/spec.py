@@ -38,7 +38,17 @@ FORMAT_VERSION = 1
 """Version of the store format and of the fingerprint; STORE.md says what it covers."""
 
 DType = Literal["float32", "float16", "bfloat16"]
-ITEMSIZE: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+StorageDType = Literal[DType, "float8_e4m3fn", "float8_e5m2", "int8", "uint8"]
+"""Types that features are stored in; quantise.py and STORE.md say how."""
+ITEMSIZE: Mapping[str, int] = {
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int8": 1,
+    "uint8": 1,
+}
 
 
 class Spec(BaseModel):
@@ -87,6 +97,32 @@ def _size_pair(value: object) -> object:
     return (value, value) if isinstance(value, int) else value
 
 
+class CropViews(Spec):
+    """`n` views of random crops, resized to the size of the images (Szegedy et al. 2015, as
+    torchvision's RandomResizedCrop), and flipped with probability one half.
+
+    A crop is a function of (seed, key of the sample, number of the view).
+    """
+
+    crop: Literal["seeded"] = "seeded"
+    n: Annotated[int, Field(ge=1)] = 1
+    seed: int = 0
+    area: tuple[float, float] = (0.25, 1.0)
+    """Least and largest part of the image's area."""
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    """Least and largest width over height."""
+    flip: bool = True
+
+    @model_validator(mode="after")
+    def _ranges(self) -> CropViews:
+        if not 0 < self.area[0] <= self.area[1] <= 1 or not 0 < self.aspect[0] <= self.aspect[1]:
+            raise ValueError(
+                f"area {self.area}, aspect {self.aspect}: want (least, largest) above 0, and an "
+                "area of at most 1"
+            )
+        return self
+
+
 class ImageSpec(Spec):
     """From bytes to pixels [c, h, w] uint8: decode, orient, composite, resize, crop.
 
@@ -110,6 +146,35 @@ class ImageSpec(Spec):
     mean [0.485, 0.456, 0.406] and std [0.229, 0.224, 0.225]."""
     max_pixels: int = 178_956_970
     """An image with more pixels than this is refused before it is decoded (Pillow's bomb limit)."""
+
+    views: tuple[Literal["id", "hflip"] | CropViews, ...] = ()
+    """Views of each image that features are computed of: `id` (the image), `hflip` (mirrored), and
+    crops. With any, the store has an axis `view`, in this order; without, none."""
+
+    @model_validator(mode="after")
+    def _views_once(self) -> ImageSpec:
+        names = self.view_names
+        if len(set(names)) != len(names):
+            raise ValueError(f"views {list(names)}: want none twice; give crops different seeds")
+        return self
+
+    @property
+    def view_names(self) -> tuple[str, ...]:
+        """`id`, `hflip`, `crop-SEED-NUMBER`: one for each entry of the axis `view`."""
+        return tuple(
+            name
+            for view in self.views
+            for name in (
+                [f"crop-{view.seed}-{i}" for i in range(view.n)]
+                if isinstance(view, CropViews)
+                else [view]
+            )
+        )
+
+    @property
+    def n_views(self) -> int:
+        """Entries of the axis `view`; 0 without one."""
+        return len(self.view_names)
 
     @property
     def n_channels(self) -> int:
@@ -420,7 +485,7 @@ class NumericSpec(Spec):
     cross units and are padded to `batch_size`, so each sees one shape.
     """
 
-    dtype: DType = "float16"
+    dtype: StorageDType = "float16"
     """Type that features are stored in."""
     batch_size: Annotated[int, Field(ge=1)] = 32
     rows_per_unit: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
@@ -456,7 +521,8 @@ class ArraySpec(Spec):
     """One feature array: name, the tap that it comes from, and the shape of one row.
 
     `dims` names the axes of `shape`: ("channel", "height", "width"), ("token", "channel") or
-    ("channel",). In the store the axes ("sample", "timestep") come before them.
+    ("channel",), or those with "head" in front. In the store the axes ("sample", "timestep") come
+    before them.
     """
 
     name: str
@@ -464,11 +530,31 @@ class ArraySpec(Spec):
     """The resolved address: module path and site, without globs."""
     dims: tuple[str, ...]
     shape: tuple[int, ...]
-    dtype: DType
+    dtype: StorageDType
+    timesteps: Literal["each", "mean", "none"] = "each"
+    """`each` timestep has an entry; or there is one, their `mean`, or that of a tensor that has
+    `none` (of the VAE)."""
+    quantises: str | None = None
+    """The integer array that these are the scales or offsets of."""
+    views: int = 0
+    """Length of the axis `view`, which comes after `sample`; 0 without one."""
+
+    def n_times(self, n_timesteps: int) -> int:
+        """Length of the array's time axis in a store of `n_timesteps`."""
+        return n_timesteps if self.timesteps == "each" else 1
+
+    def n_cells(self, n_timesteps: int) -> int:
+        """Pairs (view, entry of the time axis), each of which is one shard of a unit."""
+        return max(self.views, 1) * self.n_times(n_timesteps)
+
+    def cell(self, timestep: int, view: int, n_timesteps: int) -> int:
+        """Which of them a timestep of a view is, given its position in the store; views outside."""
+        own = timestep if self.timesteps == "each" else 0
+        return view * self.n_times(n_timesteps) + own
 
     @property
     def bytes_per_row(self) -> int:
-        """Bytes of one sample at one timestep."""
+        """Bytes of one sample at one timestep, in one view."""
         n = ITEMSIZE[self.dtype]
         for side in self.shape:
             n *= side
@@ -495,7 +581,7 @@ class FeatureSpec(Spec):
     schedule: ScheduleSpec
     noise: NoiseSpec
     taps: tuple[TapSpec, ...]
-    dtype: DType
+    dtype: StorageDType
     batch_size: int
     rows_per_unit: int
     overflow: Literal["error", "clip"]
@@ -603,6 +689,25 @@ class ProbeSpec(Spec):
     """Other pipeline files whose stores are probed beside this one: {label: path}."""
 
 
+class StatsSpec(Spec):
+    """Mean and variance of every tap and timestep, over one split or all samples.
+
+    `over: space` has one number for each channel, over samples and positions; `over: samples` one
+    for each entry of a row (RAE normalises each channel at each position). `covariance` adds the
+    covariance of the channels, [c, c].
+    """
+
+    split: str | None = None
+    over: Literal["space", "samples"] = "space"
+    covariance: bool = False
+
+    @model_validator(mode="after")
+    def _covariance_of_channels(self) -> StatsSpec:
+        if self.covariance and self.over != "space":
+            raise ValueError("covariance is of channels: want over: space")
+        return self
+
+
 class StudentSpec(Spec):
     """A student from `transformers`, built from its configuration (no weights are downloaded)."""
 
@@ -673,6 +778,7 @@ class Pipeline(Spec):
     results: str = "results"
     """Folder for what tasks find and for the report."""
     probe: ProbeSpec | None = None
+    stats: StatsSpec | None = None
     distill: DistillSpec | None = None
     pretrain: PretrainSpec | None = None
 

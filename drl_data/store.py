@@ -40,10 +40,11 @@ from drl_data.receipts import (
     sample_table,
 )
 from drl_data.shard_reader import ShardReader, in_threads
-from drl_data.shards import Array, ShardLayout, crc32c, non_finite_rows
+from drl_data.shards import Array, crc32c, non_finite_rows
 from drl_data.spec import ArraySpec, FeatureSpec, ResolvedTime, canonical_json
 from drl_data.store_metadata import (
     Described,
+    array_layout,
     check_arrays,
     parse_root,
     require_same,
@@ -75,9 +76,7 @@ class FeatureStore:
         self.fingerprint = spec.fingerprint()
         self.units = plan_units(spec.n_samples, spec.rows_per_unit)
         self._index = index
-        self.layouts = {
-            a.name: ShardLayout(spec.rows_per_unit, a.shape, a.dtype) for a in self.arrays
-        }
+        self.layouts = {a.name: array_layout(a, spec, len(self.times)) for a in self.arrays}
         self._reader = ShardReader(folder, self.layouts, self.units)
 
     def __reduce__(self) -> tuple[Callable[[str], FeatureStore], tuple[str]]:
@@ -171,6 +170,30 @@ class FeatureStore:
     def _by_name(self) -> dict[str, ArraySpec]:
         return {a.name: a for a in self.arrays}
 
+    @property
+    def features(self) -> tuple[ArraySpec, ...]:
+        """The arrays that are features, without the scales and offsets of quantised ones."""
+        return tuple(a for a in self.arrays if a.quantises is None)
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """An array and, if it is quantised, the arrays of its scales and offsets."""
+        self.array(name)
+        return (name, *(a.name for a in self.arrays if a.quantises == name))
+
+    def n_times(self, name: str) -> int:
+        """Entries of an array's time axis: the timesteps, or 1 for all of them."""
+        return self.array(name).n_times(len(self.times))
+
+    def n_cells(self, name: str) -> int:
+        """Shards of an array in each unit: entries of its time axis, in each view."""
+        return self.array(name).n_cells(len(self.times))
+
+    def _time_of(self, name: str, cell: int) -> str:
+        """The timestep of a cell, for messages."""
+        if self.array(name).timesteps != "each":
+            return "any"
+        return f"{self.times[cell % len(self.times)].requested:g}"
+
     def array(self, name: str) -> ArraySpec:
         """The array of that name.
 
@@ -193,12 +216,25 @@ class FeatureStore:
             raise TapError(f"{self.url}: no timestep {timestep:g}; it has {values}")
         return requested.index(timestep)
 
+    def view_index(self, view: str | None) -> int:
+        """Position of a view on the `view` axis; None is the first, or that of a store without.
+
+        Raises:
+            TapError: the store does not have it.
+        """
+        names = self.spec.images.view_names
+        if view is None or (view == "id" and not names):
+            return 0
+        if view not in names:
+            raise TapError(f"{self.url}: no view {view!r}; it has {', '.join(names) or 'id'}")
+        return names.index(view)
+
     def shards(self, unit: Unit) -> list[tuple[str, int, str]]:
-        """(array, time index, path) of each feature shard of a unit, in the order of STORE.md."""
+        """(array, cell, path) of each feature shard of a unit, in the order of STORE.md."""
         return [
-            (a.name, t, self.layouts[a.name].path(a.name, t, unit.id))
+            (a.name, cell, self.layouts[a.name].path(a.name, cell, unit.id))
             for a in self.arrays
-            for t in range(len(self.times))
+            for cell in range(a.n_cells(len(self.times)))
         ]
 
     # --- writing --------------------------------------------------------------------------------
@@ -213,8 +249,10 @@ class FeatureStore:
     ) -> Receipt:
         """Write one whole unit and sign it; the first signature wins.
 
-        `features`: for each array [n_timesteps, unit.n_rows, *shape] of the stored type (bfloat16
-        as uint16). Rows listed in `invalid` are stored as NaN whatever is passed for them. All is
+        `features`: for each array [n_cells, unit.n_rows, *shape] of the stored type (bfloat16 as
+        uint16, 8-bit floating point as uint8). Cells are the timesteps, or one for all of them, of
+        the first view, then of the next. Rows listed in
+        `invalid` are stored as NaN (0 in integers) whatever is passed for them. All is
         checked before the first byte is written. A unit that is signed already is not written
         again. The receipt returned is the one in the store.
 
@@ -229,8 +267,8 @@ class FeatureStore:
         holes = self._check_invalid(unit, invalid)
         self._check_features(unit, features, holes)
         objects: dict[str, list[Buffer]] = {
-            path: self.layouts[name].parts(features[name][t], holes)
-            for name, t, path in self.shards(unit)
+            path: self.layouts[name].parts(features[name][cell], holes)
+            for name, cell, path in self.shards(unit)
         }
         objects[f"valid/c/{unit.id}"] = [self.valid_chunk(unit, invalid)]
         receipt = Receipt(
@@ -318,19 +356,19 @@ class FeatureStore:
             )
         for name, array in features.items():
             layout = self.layouts[name]
-            want = (len(self.times), unit.n_rows, *layout.row_shape)
+            want = (self.n_cells(name), unit.n_rows, *layout.row_shape)
             if array.shape != want or array.dtype != layout.stored:
                 raise FeatureError(
                     f"{self._place(unit)}, tap {name!r}: {array.dtype.name} {array.shape}, want "
                     f"{layout.stored.name} {want} (timestep, row, ...)"
                 )
         for name, array in features.items():
-            for t, resolved in enumerate(self.times):
-                bad = np.setdiff1d(non_finite_rows(array[t], self.layouts[name].dtype), holes)
+            for cell in range(self.n_cells(name)):
+                bad = np.setdiff1d(non_finite_rows(array[cell], self.layouts[name].dtype), holes)
                 if bad.size:
                     row = unit.start + int(bad[0])
                     raise FeatureError(
-                        f"{self._place(unit)}, tap {name!r}, timestep {resolved.requested:g}: "
+                        f"{self._place(unit)}, tap {name!r}, timestep {self._time_of(name, cell)}: "
                         f"{bad.size} rows are not finite, the first is row {row} (key "
                         f"{self.index.table['key'][row].as_py()!r}); want finite values. Store "
                         "as bfloat16 or float32, or set `overflow: clip`"
@@ -416,45 +454,53 @@ class FeatureStore:
 
     # --- reading --------------------------------------------------------------------------------
 
-    def read_unit(self, name: str, time_index: int, unit: Unit) -> Array:
-        """Features [unit.n_rows, *shape] of one unit, read-only and without a copy.
+    def read_unit(self, name: str, time_index: int, unit: Unit, view: int = 0) -> Array:
+        """Features [unit.n_rows, *shape] of one unit in one view, read-only and without a copy.
 
         A memory map on a local disk, the memory of one GET elsewhere. Invalid rows are NaN.
 
         Raises:
-            TapError: no such array or timestep.
+            TapError: no such array, timestep or view.
             AlignmentError: the unit is not one of `units`.
             StoreError: the unit is not written, or its shard is damaged.
         """
         self._check_unit(unit)
-        self._check_read(name, time_index)
-        return self._reader.read_unit(name, time_index, unit)
+        cell = self._checked_cell(name, time_index, view)
+        return self._reader.read_unit(name, cell, unit)
 
-    def read_rows(self, name: str, time_index: int, rows: npt.ArrayLike) -> Array:
-        """Features [len(rows), *shape] of any rows, in any order, with repeats.
+    def read_rows(self, name: str, time_index: int, rows: npt.ArrayLike, view: int = 0) -> Array:
+        """Features [len(rows), *shape] of any rows in one view, in any order, with repeats.
 
         Rows of one shard that lie close are read in one request; requests run in threads.
 
         Raises:
-            TapError: no such array or timestep.
+            TapError: no such array, timestep or view.
             StoreError: a row that is out of range or not written, or a damaged shard.
         """
-        self._check_read(name, time_index)
+        cell = self._checked_cell(name, time_index, view)
         wanted = np.asarray(rows, np.int64).reshape(-1)
         if wanted.size and not 0 <= wanted.min() <= wanted.max() < self.spec.n_samples:
             raise StoreError(
                 f"{self.url}: rows {wanted.min()}..{wanted.max()} asked for; want rows of "
                 f"0..{self.spec.n_samples - 1}"
             )
-        return self._reader.read_rows(name, time_index, wanted)
+        return self._reader.read_rows(name, cell, wanted)
 
-    def _check_read(self, name: str, time_index: int) -> None:
-        self.array(name)
+    def _checked_cell(self, name: str, time_index: int, view: int) -> int:
+        """Which of the array's shards of a unit holds a timestep of a view."""
+        array = self.array(name)
         if not 0 <= time_index < len(self.times):
             raise TapError(
                 f"{self.url}: time index {time_index}; want 0..{len(self.times) - 1}, the "
                 "position on the `timestep` axis (`store.time_index(timestep)` gives it)"
             )
+        n_views = max(array.views, 1)
+        if not 0 <= view < n_views:
+            raise TapError(
+                f"{self.url}: view {view} of {name!r}; want 0..{n_views - 1}, the position in "
+                "`images.views`"
+            )
+        return array.cell(time_index, view, len(self.times))
 
     def verify(self, deep: bool = False) -> list[Problem]:
         """What is not as STORE.md says; empty for a store that is whole.

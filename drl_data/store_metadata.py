@@ -17,8 +17,11 @@ from drl_data.errors import SpecError, StoreError, StoreMismatchError, TapError
 from drl_data.shards import STORED, Array, ShardLayout
 from drl_data.spec import FORMAT_VERSION, ArraySpec, FeatureSpec, ResolvedTime, canonical_json
 
+TIME_DIMS = {"each": "timestep", "mean": "timestep_mean", "none": "timeless"}
+"""Name of the time axis: arrays with one entry for all timesteps have one of length 1."""
+
 _RESERVED = (
-    *("sample", "timestep", "valid", "receipts", "zarr.json", "spec.json"),
+    *("sample", "view", *TIME_DIMS.values(), "valid", "receipts", "fits", "zarr.json", "spec.json"),
     *("index.parquet", "samples.parquet", "sealed.json"),
 )
 
@@ -54,7 +57,7 @@ def store_metadata(store: Described) -> dict[str, bytes]:
                 "format": FORMAT_VERSION,
                 "fingerprint": spec.fingerprint(),
                 "spec": dumped,
-                "arrays": [a.model_dump(mode="json") for a in arrays],
+                "arrays": [a.model_dump(mode="json", exclude_defaults=True) for a in arrays],
                 "times": [t.model_dump(mode="json") for t in times],
             }
         },
@@ -171,7 +174,7 @@ def check_arrays(arrays: Sequence[ArraySpec]) -> None:
                 f"{place}: dims {list(array.dims)} and shape {list(array.shape)}; want one "
                 "positive size for each dimension"
             )
-        if len({*array.dims, "sample", "timestep"}) != len(array.dims) + 2:
+        if len({*array.dims, "sample", "view", *TIME_DIMS.values()}) != len(array.dims) + 5:
             raise SpecError(f"{place}: dims {list(array.dims)}: want distinct names")
     names = [array.name for array in arrays]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -182,29 +185,47 @@ def check_arrays(arrays: Sequence[ArraySpec]) -> None:
         raise SpecError(f"store: {sorted(dims & set(names))} name both an array and a dimension")
 
 
+def array_layout(array: ArraySpec, spec: FeatureSpec, n_timesteps: int) -> ShardLayout:
+    """Where the rows of an array lie in its shards, and where those are."""
+    return ShardLayout(
+        spec.rows_per_unit,
+        array.shape,
+        array.dtype,
+        n_times=array.n_times(n_timesteps),
+        has_views=array.views > 0,
+    )
+
+
 def array_metadata(
     array: ArraySpec, dims: Sequence[str], spec: FeatureSpec, n_times: int
 ) -> dict[str, JsonValue]:
     """`zarr.json` of a feature array."""
-    layout = ShardLayout(spec.rows_per_unit, array.shape, array.dtype)
+    layout = array_layout(array, spec, n_times)
+    views = [array.views] if array.views else []
+    ones = [1] * (len(views) + 1)
     ends = [*array.shape]
     sharding: dict[str, JsonValue] = {
         "name": "sharding_indexed",
         "configuration": {
-            "chunk_shape": [layout.rows_per_chunk, 1, *ends],
+            "chunk_shape": [layout.rows_per_chunk, *ones, *ends],
             "codecs": [_BYTES],
             "index_codecs": [_BYTES, {"name": "crc32c"}],
             "index_location": "end",
         },
     }
+    attributes: dict[str, JsonValue] = {"tap": array.tap, "dtype": array.dtype}
+    if array.timesteps != "each":
+        attributes["timesteps"] = array.timesteps
+    if array.quantises is not None:
+        attributes["quantises"] = array.quantises
     return _array_node(
-        shape=[spec.n_samples, n_times, *ends],
-        chunk=[spec.rows_per_unit, 1, *ends],
+        shape=[spec.n_samples, *views, array.n_times(n_times), *ends],
+        chunk=[spec.rows_per_unit, *ones, *ends],
         data_type=STORED[array.dtype],
-        fill_value=0 if array.dtype == "bfloat16" else "NaN",
+        fill_value="NaN" if array.dtype in ("float32", "float16") else 0,
         codec=sharding,
-        dims=["sample", "timestep", *dims],
-        attributes={"drl_data": {"tap": array.tap, "dtype": array.dtype}},
+        dims=["sample", *(["view"] if views else []), TIME_DIMS[array.timesteps], *dims],
+        attributes={"drl_data": attributes},
     )
 
 

@@ -1,90 +1,129 @@
-"""Taps: named tensors inside a model. Parse, resolve against the module tree, capture by hooks.
+"""Taps: named tensors inside a model. Parse them, and resolve them against the module tree.
 
-    tap     = pattern ["@" site ["." part]]
-    pattern = dotted module path; `*` matches within one component, `**` any number of them
-    site    = "out" (default) | "in"
-    part    = position in the tuple that the module returns, or is called with (default: the first
-              tensor), or the name of some of its tokens that an encoder has (`cls`,
-              `patches`, `prefix`: those before the patches)
+    tap     = pattern ["@" site {"." part}]  |  model site {"." part}
+    pattern = dotted module path; `*` matches within one component, `**` any number of them;
+              `vae.` before a path is the VAE, `vae.enc[i]` and `vae.dec[i]` its i-th block
+    site    = "out" (default) | "in" | pre_residual | pre_concat | skip | adaln | ff.in
+              | attn.q | attn.k | attn.v | attn.out | attn.probs          (tap_sites.py)
+    model site = latent | x0 | eps | v
+    part    = position in the tuple that the module returns, or is called with
+              | image | text                       tokens of one stream of a joint transformer
+              | patches | cls | prefix             of an encoder: its image, class token, and all
+                                                   tokens before the patches
+              | heads[0,3] | channels[0:320]       of an attention; of anything
+              | shift | scale | gate ...           of adaln
+              | noisy | moments                    of latent
 
-Examples: `mid_block`, `up_blocks.*.resnets.*`, `up_blocks.1.resnets.2@in`, `down_blocks.0@out.0`.
+Examples: `mid_block`, `up_blocks.*.resnets.*@pre_residual`, `up_blocks.1.resnets.2@in`,
+`transformer_blocks.9.attn@attn.probs.image.text`, `**.attn1@attn.k.heads[0,3]`, `latent.moments`.
 
-Hooks sit on the library's own modules and its forward is never rewritten. When the last tap has
-fired the forward is abandoned by a private exception, so nothing past it is computed.
+Names of other projects are taps too: `cleandift:us6`, `ldm:output_blocks.4` (tap_names.py).
+
+`latent` is what the denoiser's input is made of, `latent.noisy` that input, `latent.moments` the
+posterior's mean and std before any scaling; `x0 eps v` are the network's output as that
+prediction, v being alpha eps - sigma x0, of a flow eps - x0. A site that stands for another
+module is resolved to it, and the store records that.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from drl_data.errors import TapError
+from drl_data.reduce import at_source
 from drl_data.spec import TapSpec
+from drl_data.tap_names import OF_THE_FIRST, translated
+from drl_data.tap_sites import MODEL_SITES, MODULATION_PARTS, SITES, Modules, Place, expand
 
-SITES = ("out", "in")
-TOKEN_PARTS = ("cls", "patches", "prefix")
+VAE = "vae."
 
 
 @dataclass(frozen=True)
 class ResolvedTap:
-    """One tensor of one module: `name` is the array's, `module` the exact dotted path."""
+    """One tensor: `name` is the array's, `module` the exact dotted path ("" for the model's own).
+
+    `modulation`: shift and scale of the block, for the reduction `adaln`.
+    """
 
     name: str
     module: str
     site: str
-    part: int | str | None
+    parts: tuple[str, ...] = ()
     reduce: tuple[str, ...] = ()
+    modulation: tuple[ResolvedTap, ...] = ()
 
     @property
     def address(self) -> str:
-        """`module@site[.part]`, without globs: what the store records."""
-        return f"{self.module}@{self.site}" + ("" if self.part is None else f".{self.part}")
+        """`module@site{.part}`, without globs and without sites that stand for another: what the
+        store records. Resolving it gives the same tensor."""
+        own = ".".join((f"{self.module}@{self.site}" if self.module else self.site, *self.parts))
+        return " + ".join((own, *(tap.address for tap in self.modulation)))
+
+    @property
+    def later(self) -> tuple[str, ...]:
+        """The reductions that are left when the tap has been taken."""
+        n_done = len(at_source(self.reduce)) if self.site == "attn.probs" else 0
+        return self.reduce[n_done:]
+
+    @property
+    def is_timeless(self) -> bool:
+        """Whether the tensor is the same at every timestep."""
+        return self.module.startswith(VAE) or (self.site == "latent" and self.parts != ("noisy",))
 
 
-_TAP = re.compile(
-    r"^(?P<pattern>[^@\s]+)(?:@(?P<site>[a-z_]+)(?:\.(?P<part>\d+|"
-    + "|".join(TOKEN_PARTS)
-    + r"))?)?$"
+_PART = (
+    r"image|text|patches|cls|prefix|noisy|moments|heads\[\d+(?:,\d+)*\]"
+    r"|channels\[\d+:\d+(?:,\d+:\d+)*\]|" + "|".join(sorted(MODULATION_PARTS, reverse=True))
 )
+_SITE = "|".join(map(re.escape, sorted({*SITES, *MODEL_SITES}, key=len, reverse=True)))
+_TAP = re.compile(
+    rf"(?P<pattern>[^@\s]*)(?:@(?P<site>{_SITE})(?:\.(?P<index>\d+))?(?P<parts>(?:\.(?:{_PART}))*))?"
+)
+_BARE = re.compile(rf"(?P<site>{'|'.join(MODEL_SITES)})(?P<parts>(?:\.(?:{_PART}))*)")
+_VAE_BLOCK = re.compile(r"vae\.(enc|dec)\[([\d*?]+)\]")
 
 
-def parse(path: str) -> tuple[str, str, int | str | None]:
-    """Split `pattern[@site][.part]` into (pattern, site, part).
+def parse(path: str) -> tuple[str, str, tuple[str, ...]]:
+    """Split a tap into (pattern, site, parts); the pattern is "" for a site of the whole model.
 
     Raises:
         TapError: if the text is not a tap.
     """
-    match = _TAP.match(path)
-    if match is None or (match["site"] or "out") not in SITES:
+    match = _BARE.fullmatch(path) or _TAP.fullmatch(path)
+    groups = match.groupdict() if match else {}
+    pattern, site = groups.get("pattern") or "", groups.get("site") or "out"
+    if match is None or (pattern == "") != (site in MODEL_SITES):
         raise TapError(
             f"tap {path!r}: want module.path[@site][.part] with site one of {', '.join(SITES)}, "
-            "for example 'mid_block', 'up_blocks.1@in' or 'down_blocks.0@out.0'"
+            f"or one of {', '.join(MODEL_SITES)}; for example 'mid_block', 'up_blocks.1@in', "
+            "'down_blocks.0@out.0' or '**.attn1@attn.q'"
         )
-    part = match["part"]
-    position = int(part) if part is not None and part.isdigit() else part
-    return match["pattern"], match["site"] or "out", position
+    pattern = _VAE_BLOCK.sub(
+        lambda m: f"vae.{'encoder.down' if m[1] == 'enc' else 'decoder.up'}_blocks.{m[2]}", pattern
+    )
+    parts = tuple(re.findall(_PART, groups.get("parts") or ""))
+    index = groups.get("index")
+    return pattern, site, parts if index is None else (index, *parts)
 
 
-def refuse_token_names(tap: ResolvedTap) -> None:
-    """Raise TapError for a tap on tokens by name, of a family whose tokens have none."""
-    if isinstance(tap.part, str):
-        raise TapError(f"tap {tap.address}: this family has no tokens named {tap.part!r}")
-
-
-def resolve(model: nn.Module, taps: Sequence[TapSpec]) -> tuple[ResolvedTap, ...]:
+def resolve(
+    model: nn.Module, taps: Sequence[TapSpec], vae: nn.Module | None = None
+) -> tuple[ResolvedTap, ...]:
     """Expand globs against the module tree of `model`; in the order of `taps`, then of the tree.
 
     Raises:
         TapError: if a tap matches nothing (the nearest modules are named), if two arrays would
             have one name, or if no tap is given.
     """
-    modules = [name for name, _ in model.named_modules() if name]
-    resolved = [tap for spec in taps for tap in _resolve_one(spec, modules)]
+    modules = dict(model.named_modules())
+    if vae is not None:
+        modules |= {f"{VAE}{name}": module for name, module in vae.named_modules() if name}
+    resolved = [tap for spec in taps for tap in _resolve_one(translated(spec), modules)]
     if not resolved:
         raise TapError("no taps: a pipeline needs at least one under `taps:`")
     seen: dict[str, ResolvedTap] = {}
@@ -96,16 +135,6 @@ def resolve(model: nn.Module, taps: Sequence[TapSpec]) -> tuple[ResolvedTap, ...
             )
         seen[tap.name] = tap
     return tuple(resolved)
-
-
-def _resolve_one(spec: TapSpec, modules: Sequence[str]) -> list[ResolvedTap]:
-    pattern, site, part = parse(spec.path)
-    matches = _matching(spec, pattern, modules)
-    suffix = _suffix(site, part)
-    return [
-        ResolvedTap(spec.name or f"{module}{suffix}", module, site, part, spec.reduce)
-        for module in matches
-    ]
 
 
 def expand_aliases(
@@ -122,22 +151,22 @@ def expand_aliases(
     roots = {alias.split(".")[0] for alias in aliases}
     expanded: list[TapSpec] = []
     for spec in taps:
-        pattern, site, part = parse(spec.path)
-        if pattern.split(".")[0] not in roots:
+        pattern, site, parts = parse(translated(spec).path)
+        if not pattern or pattern.split(".")[0] not in roots:
             expanded.append(spec)
             continue
         matches = _matching(spec, pattern, tuple(aliases))
-        suffix = _suffix(site, part)
+        _check_name(spec, matches)
         for alias in matches:
-            module = aliases[alias][1 if site == "in" else 0]
-            address = f"{module}@{site}" + ("" if part is None else f".{part}")
-            name = spec.name or f"{alias}{suffix}"
+            module = aliases[alias][1 if site in OF_THE_FIRST else 0]
+            address = ".".join((f"{module}@{site}", *parts))
+            name = spec.name or f"{alias}{_suffix(site, parts)}"
             expanded.append(TapSpec(path=address, name=name, reduce=spec.reduce))
     return expanded
 
 
 def _matching(spec: TapSpec, pattern: str, names: Sequence[str]) -> list[str]:
-    """The names that a tap's pattern matches: at least one, and one only if the tap has a name."""
+    """The names that a tap's pattern matches, at least one."""
     expression = re.compile(_glob_to_regex(pattern))
     matches = [name for name in names if expression.fullmatch(name)]
     if not matches:
@@ -146,111 +175,76 @@ def _matching(spec: TapSpec, pattern: str, names: Sequence[str]) -> list[str]:
             f"tap {spec.path!r} matches no module of this model; nearest: {', '.join(near)} "
             "(`drl taps MODEL` lists them all)"
         )
+    return matches
+
+
+def _check_name(spec: TapSpec, matches: Sequence[str]) -> None:
+    """Raise TapError if several arrays would have the one name that a tap gives."""
     if spec.name is not None and len(matches) > 1:
         raise TapError(
             f"tap {spec.path!r} has the name {spec.name!r} but matches {len(matches)} modules: "
             f"{', '.join(matches)}; leave `name` out, or name one module"
         )
-    return matches
 
 
-def _suffix(site: str, part: int | str | None) -> str:
+def _resolve_one(spec: TapSpec, modules: Modules) -> list[ResolvedTap]:
+    pattern, site, parts = parse(spec.path)
+    if site in MODEL_SITES:
+        if parts and (site != "latent" or parts not in (("noisy",), ("moments",))):
+            has = "has the parts noisy or moments" if site == "latent" else "has no parts"
+            raise TapError(f"tap {spec.path}: the site {site} {has}")
+        name = spec.name or ".".join((site, *parts))
+        return [ResolvedTap(name, "", site, parts, spec.reduce)]
+    names = [name for name in modules if name]
+    matches = _matching(spec, pattern, names)
+    found = {name: place for name in matches if (place := expand(modules, name, site, parts))}
+    if not found:
+        having = [name for name in names if expand(modules, name, site, parts)]
+        near = difflib.get_close_matches(pattern, having, n=5, cutoff=0) or ["none"]
+        raise TapError(
+            f"tap {spec.path!r}: none of the {len(matches)} modules it matches has the site "
+            f"{'.'.join((site, *parts))}; nearest that do: {', '.join(near)}"
+        )
+    _check_name(spec, tuple(found))
+    suffix = _suffix(site, parts)
+    return [
+        _resolved(spec, modules, name, spec.name or f"{name}{suffix}", place)
+        for name, place in found.items()
+    ]
+
+
+def _suffix(site: str, parts: Sequence[str]) -> str:
     """What an array's name adds to its module's for another tensor than the output."""
-    return ("" if site == "out" else f"-{site}") + ("" if part is None else f"-{part}")
+    suffix = "".join(f"-{word}" for word in (site, *parts) if word != "out")
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", suffix).rstrip("_")
+
+
+def _resolved(
+    spec: TapSpec, modules: Modules, matched: str, name: str, place: Place
+) -> ResolvedTap:
+    """The tap at one place, with the modulation of the module that was named if it needs it."""
+    modulation: list[ResolvedTap] = []
+    if "adaln" in spec.reduce:
+        for part in ("shift", "scale"):
+            at = expand(modules, matched, "adaln", (part,))
+            if at is None:
+                raise TapError(
+                    f"tap {spec.path!r}: reduce adaln needs the {part} of {matched}, which has no "
+                    "AdaLN; tap the input of a transformer block that has one"
+                )
+            modulation.append(ResolvedTap(f"{matched}@{part}", at.module, at.place, at.parts))
+    if place.place == "attn.probs":
+        selects = any(part.startswith("heads[") for part in place.parts)
+        if not selects and not at_source(spec.reduce):
+            raise TapError(
+                f"tap {spec.path!r}: attention probabilities are heads x queries x keys for each "
+                "sample; reduce them first by head_mean, head_sum, heads(...) or channels(...) "
+                "(keys), or take @attn.probs.heads[...]"
+            )
+    return ResolvedTap(name, place.module, place.place, place.parts, spec.reduce, tuple(modulation))
 
 
 def _glob_to_regex(pattern: str) -> str:
     pieces = re.split(r"(\*\*|\*|\?)", pattern)
     wild = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
     return "".join(wild.get(piece, re.escape(piece)) for piece in pieces)
-
-
-class _LastTapReached(BaseException):  # a signal, not an error; nothing may catch it
-    """Raised from a hook to leave the forward; a BaseException so that no model swallows it."""
-
-
-def capture(
-    model: nn.Module,
-    taps: Sequence[ResolvedTap],
-    forward: Callable[[], object],
-    transform: Callable[[ResolvedTap, Tensor], Tensor],
-    *,
-    select: Callable[[ResolvedTap, object], object] = lambda tap, value: value,
-    stop_early: bool = True,
-) -> dict[str, Tensor]:
-    """Run `forward` once and return {tap name: transform(tap, tensor)}.
-
-    `transform` runs inside the hook, before the model can change the tensor in place. A module
-    that is called several times in one forward gives the tensor of its first call. `select` says
-    which part of what a module gives is meant by a tap that names none (several streams). With
-    `stop_early` the forward ends at the last tap; the tensors are the same either way.
-
-    Raises:
-        TapError: if a tap did not fire, or fired with something that holds no tensor.
-    """
-    captured: dict[str, Tensor] = {}
-
-    def take(tap: ResolvedTap, value: object) -> None:
-        if tap.name in captured:
-            return
-        chosen = select(tap, value) if tap.part is None else value
-        captured[tap.name] = transform(tap, _tensor_of(tap, chosen))
-        if stop_early and len(captured) == len(taps):
-            raise _LastTapReached
-
-    handles = [_hook(model.get_submodule(tap.module), tap, take) for tap in taps]
-    try:
-        forward()
-    except _LastTapReached:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    missing = [tap.address for tap in taps if tap.name not in captured]
-    if missing:
-        raise TapError(
-            f"the forward never reached {', '.join(missing)}: the module exists but is not called "
-            "with this conditioning; tap another module"
-        )
-    return captured
-
-
-def _hook(
-    module: nn.Module, tap: ResolvedTap, take: Callable[[ResolvedTap, object], None]
-) -> torch.utils.hooks.RemovableHandle:
-    if tap.site == "in":
-
-        def before(_: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
-            take(tap, (*args, *kwargs.values()))
-
-        return module.register_forward_pre_hook(before, with_kwargs=True)
-
-    def after(_: nn.Module, args: tuple[object, ...], output: object) -> None:
-        take(tap, output)
-
-    return module.register_forward_hook(after)
-
-
-def _tensor_of(tap: ResolvedTap, value: object) -> Tensor:
-    """The tensor itself, the `part`-th entry of a tuple, or the first tensor of many."""
-    part = tap.part if isinstance(tap.part, int) else None
-    if isinstance(value, Tensor) and part is None:
-        return value
-    entries = tuple(value.values()) if isinstance(value, Mapping) else value
-    if isinstance(entries, tuple | list):
-        chosen = entries if part is None else entries[part : part + 1]
-        for entry in chosen:
-            if isinstance(entry, Tensor):
-                return entry
-    raise TapError(
-        f"tap {tap.address}: no tensor there, the module gave {_describe(value)}; "
-        "choose an entry with @out.N or @in.N"
-    )
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, tuple | list):
-        return "(" + ", ".join(_describe(entry) for entry in value) + ")"
-    if isinstance(value, Tensor):
-        return f"tensor{list(value.shape)}"
-    return type(value).__name__

@@ -14,7 +14,7 @@ from pydantic import JsonValue
 
 from drl_data.errors import ObjectError, ObjectNotFoundError, StoreError
 from drl_data.plan import Unit
-from drl_data.receipts import Receipt, receipt_path
+from drl_data.receipts import Receipt, fit_path, receipt_path
 from drl_data.shard_reader import in_threads
 from drl_data.shards import crc32c, non_finite_rows
 from drl_data.spec import FORMAT_VERSION, canonical_json
@@ -129,6 +129,12 @@ def _check_objects(
         paths = sorted(signed.keys() ^ want.keys())
         yield Problem(unit.id, receipt_path(unit), f"lists too many or too few: {paths}", _ANEW)
         return
+    for name, crc in receipt.counts.fits.items():
+        path = fit_path(name)
+        if path not in sizes:
+            yield Problem(unit.id, path, "missing, though the receipt names it", _RESTORE)
+        elif deep and crc32c([store.folder.get(path)]) != crc:
+            yield Problem(unit.id, path, "not the fit that the unit was reduced by", _RESTORE)
     whole = set()
     for path, n_bytes in want.items():
         if path not in sizes:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from drl_data.index import SampleIndex, TarInfo
 from drl_data.plan import InvalidRow, Unit
@@ -14,17 +15,19 @@ from drl_data.spec import (
     ArraySpec,
     ConditionSpec,
     DatasetSpec,
-    DType,
     FeatureSpec,
     ImageSpec,
     LatentSpec,
     NoiseSpec,
     ResolvedTime,
     ScheduleSpec,
+    StorageDType,
     TapSpec,
 )
 from drl_data.store import FeatureStore, RunRecord
 
+INVALID = {"bfloat16": 0x7FC0, "float8_e4m3fn": 0x7F, "float8_e5m2": 0x7E, "int8": 0, "uint8": 0}
+"""What invalid rows hold where it is not NaN."""
 RUN = RunRecord(seconds={"denoise": 1.5}, host="here", device="cpu", versions={"torch": "2"})
 DIMS = {0: (), 1: ("channel",), 2: ("token", "channel"), 3: ("channel", "height", "width")}
 
@@ -81,7 +84,7 @@ def make_times(*requested: float) -> tuple[ResolvedTime, ...]:
     )
 
 
-def make_array(name: str, shape: Sequence[int], dtype: DType) -> ArraySpec:
+def make_array(name: str, shape: Sequence[int], dtype: StorageDType) -> ArraySpec:
     return ArraySpec(
         name=name, tap=f"net.{name}", dims=DIMS[len(shape)], shape=tuple(shape), dtype=dtype
     )
@@ -115,6 +118,11 @@ def reference(array: ArraySpec, n_times: int, n: int, seed: int = 0) -> Array:
     values = rng.standard_normal((n_times, n, *array.shape)).astype(np.float32)
     if array.dtype == "bfloat16":
         return (values.view(np.uint32) >> 16).astype(np.uint16)
+    if array.dtype.startswith("float8"):
+        bits = torch.from_numpy(values).to(getattr(torch, array.dtype)).view(torch.uint8)
+        return bits.numpy()
+    if array.dtype in ("int8", "uint8"):
+        return (values * 30 + 100 * (array.dtype == "uint8")).astype(array.dtype)
     return values.astype(STORED[array.dtype])
 
 
@@ -138,6 +146,5 @@ def expected(store: FeatureStore, name: str, invalid: Sequence[int] = (), seed: 
     """What every reader must find: [n_times, n, *shape], NaN in invalid rows."""
     array = store.array(name)
     values = reference(array, len(store.times), store.spec.n_samples, seed)
-    nan = 0x7FC0 if array.dtype == "bfloat16" else np.nan
-    values[:, list(invalid)] = nan
+    values[:, list(invalid)] = INVALID.get(array.dtype, np.nan)
     return values

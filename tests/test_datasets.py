@@ -23,7 +23,8 @@ from drl_data.images import decode_image
 from drl_data.index import SampleIndex, build_index
 from drl_data.selection import NO_LABEL
 from drl_data.shard_reader import ShardReader
-from drl_data.spec import DatasetSpec, DType, ImageSpec
+from drl_data.shards import STORED
+from drl_data.spec import DatasetSpec, ImageSpec, StorageDType
 from drl_data.store import FeatureStore
 
 from .stores import (
@@ -394,10 +395,14 @@ def test_a_batch_is_read_at_once(store: FeatureStore) -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_tensors_share_memory(dtype: DType) -> None:
-    values = np.array([0x3F80], "<u2") if dtype == "bfloat16" else np.ones(1, dtype)
-    tensor = as_tensor(values, dtype)
+ONE = {"bfloat16": 0x3F80, "float8_e4m3fn": 0x38, "float8_e5m2": 0x3C}
+"""The bits of 1.0 where NumPy has no such type."""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", *ONE])
+def test_tensors_share_memory(dtype: StorageDType) -> None:
+    values = np.array([ONE.get(dtype, 1)], STORED[dtype])
+    tensor = as_tensor({"a": values}, make_array("a", (1,), dtype))
     assert tensor.dtype == getattr(torch, dtype)
     assert tensor.item() == 1.0
     assert tensor.data_ptr() == values.ctypes.data

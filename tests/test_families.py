@@ -531,16 +531,16 @@ def test_text_stays_tokens_where_it_has_as_many_as_the_image(
 
 
 def test_a_tuple_layout_that_nobody_knows_is_refused() -> None:
-    """Older versions gave one tensor, text before image; anything else must not pass as image."""
-    tap = ResolvedTap("block", "block", "out", None)
-    layout = TokenLayout(2, 3, n_text=5)
-    joint = torch.arange(11.0).reshape(1, 11, 1)
-    x, dims = layout.arrange(tap, joint, text=False, only_image=True)
+    """What a block gives by default is the image's tokens; anything else must not pass as them."""
+    tap = ResolvedTap("block", "block", "out")
+    layout = TokenLayout(2, 3)
+    tokens = torch.arange(6.0).reshape(1, 6, 1)
+    x, dims = layout.arrange(tap, tokens, text=False, only_image=True)
     assert dims == ("channel", "height", "width")
-    assert x.flatten().tolist() == [5, 6, 7, 8, 9, 10]
-    with pytest.raises(TapError, match=r"5 tokens, want the image's 6 \(or 11 with the text's"):
-        layout.arrange(tap, joint[:, :5], text=False, only_image=True)
-    assert layout.arrange(tap, joint[:, :5], text=False)[1] == ("token", "channel")
+    assert x.flatten().tolist() == [0, 1, 2, 3, 4, 5]
+    with pytest.raises(TapError, match=r"5 tokens, want the image's 6"):
+        layout.arrange(tap, tokens[:, :5], text=False, only_image=True)
+    assert layout.arrange(tap, tokens[:, :5], text=False)[1] == ("token", "channel")
 
 
 @pytest.mark.parametrize(("family", "factor"), [("sd3", 1.5305), ("flux", 0.3611)])

@@ -15,6 +15,7 @@ from threading import Barrier
 import numpy as np
 import pytest
 import tensorstore
+import torch
 import xarray
 import zarr
 from hypothesis import HealthCheck, given, settings
@@ -34,8 +35,8 @@ from drl_data.errors import (
 from drl_data.objects import LocalFolder, ObjectInfo, open_folder
 from drl_data.plan import Unit
 from drl_data.receipts import receipt_path
-from drl_data.shards import ShardLayout, crc32c, non_finite_rows
-from drl_data.spec import ArraySpec, DType, ImageSpec
+from drl_data.shards import STORED, ShardLayout, crc32c, non_finite_rows
+from drl_data.spec import ITEMSIZE, ArraySpec, ImageSpec, StorageDType
 from drl_data.store import FeatureStore, UnitCounts
 
 from .stores import (
@@ -50,10 +51,11 @@ from .stores import (
     make_spec,
     make_store,
     make_times,
+    reference,
     unit_features,
 )
 
-DTYPES = st.sampled_from(["float16", "bfloat16", "float32"])
+DTYPES = st.sampled_from(sorted(STORED))
 SHAPES = st.sampled_from([(), (1,), (7,), (96,), (3, 5), (2, 4, 3), (8, 40, 32), (2, 64, 128)])
 
 
@@ -76,7 +78,7 @@ def equal(a: np.ndarray, b: np.ndarray) -> bool:
 )
 def test_every_other_reader_agrees(
     shape: tuple[int, ...],
-    dtype: DType,
+    dtype: StorageDType,
     n: int,
     rows_per_unit: int,
     n_times: int,
@@ -173,7 +175,7 @@ def crc32c_by_definition(data: bytes) -> int:
 @settings(deadline=None)
 @given(shape=SHAPES, dtype=DTYPES, rows_per_unit=st.integers(1, 300), data=st.data())
 def test_shard_layout(
-    shape: tuple[int, ...], dtype: DType, rows_per_unit: int, data: st.DataObject
+    shape: tuple[int, ...], dtype: StorageDType, rows_per_unit: int, data: st.DataObject
 ) -> None:
     layout = ShardLayout(rows_per_unit, shape, dtype)
     n_rows = data.draw(st.integers(1, rows_per_unit))
@@ -202,15 +204,18 @@ def test_crc32c(parts: list[bytes]) -> None:
 
 
 @given(data=st.data(), dtype=DTYPES)
-def test_non_finite_rows(data: st.DataObject, dtype: DType) -> None:
-    width = 32 if dtype == "float32" else 16
+def test_non_finite_rows(data: st.DataObject, dtype: StorageDType) -> None:
+    width = 8 * ITEMSIZE[dtype]
     bits = data.draw(
         st.lists(st.lists(st.integers(0, 2**width - 1), min_size=3, max_size=3), min_size=1)
     )
     raw = np.array(bits, f"<u{width // 8}")
+    rows: np.ndarray = raw
     if dtype == "bfloat16":
         finite = np.isfinite((raw.astype(np.uint32) << 16).view(np.float32))
-        rows: np.ndarray = raw
+    elif dtype.startswith("float8"):
+        values = torch.from_numpy(raw).view(getattr(torch, dtype)).float().numpy()
+        finite = np.isfinite(values)
     else:
         rows = raw.view(dtype)
         finite = np.isfinite(rows)
@@ -224,6 +229,38 @@ def test_dimensions_of_one_name_and_two_sizes_are_told_apart(tmp_path: Path) -> 
         assert dataset["up.1"].dims == ("sample", "timestep", "channel_6")
         assert dataset["tokens"].dims == ("sample", "timestep", "token", "channel_5")
         assert dataset["up.1"].attrs["drl_data"] == {"tap": "net.up.1", "dtype": "bfloat16"}
+
+
+def test_one_entry_for_all_timesteps(tmp_path: Path) -> None:
+    """Means over timesteps, and what has none, are stored once and read at each."""
+    arrays = (
+        make_array("each", (4,), "float16"),
+        make_array("mean", (4,), "float32").model_copy(update={"timesteps": "mean"}),
+        make_array("vae", (2, 3, 3), "int8").model_copy(update={"timesteps": "none"}),
+    )
+    store = make_store(str(tmp_path / "s"), arrays=arrays)
+    features = {a.name: reference(a, a.n_times(2), 11) for a in arrays}
+    for unit in store.units:
+        own = {name: x[:, unit.start : unit.stop] for name, x in features.items()}
+        store.write(unit, own, [], RUN)
+    assert store.verify(deep=True) == []
+    rows = [10, 0, 5]
+    for t in (0, 1):
+        assert equal(store.read_rows("each", t, rows), features["each"][t][rows])
+        assert equal(store.read_rows("mean", t, rows), features["mean"][0][rows])
+        assert equal(store.read_unit("vae", t, store.units[0]), features["vae"][0][:4])
+    with pytest.raises(TapError, match=r"time index 2; want 0\.\.1"):
+        store.read_rows("mean", 2, rows)
+    with xarray.open_zarr(store.url) as dataset:
+        assert dataset["mean"].dims == ("sample", "timestep_mean", "channel_4")
+        assert dataset["vae"].dims[:2] == ("sample", "timeless")
+        assert dataset["mean"].attrs["drl_data"]["timesteps"] == "mean"
+    assert len(list((tmp_path / "s" / "mean" / "c" / "0").iterdir())) == 1
+    wrong = {name: x[:, :4] for name, x in features.items()}
+    wrong["mean"] = np.concatenate([wrong["mean"]] * 2)
+    other = make_store(str(tmp_path / "other"), arrays=arrays)
+    with pytest.raises(FeatureError, match=r"'mean': float32 \(2, 4, 4\), want .* \(1, 4, 4\)"):
+        other.write(other.units[0], wrong, [], RUN)
 
 
 def test_fractional_timesteps_are_float64(tmp_path: Path) -> None:

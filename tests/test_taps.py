@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from drl_data.capture import capture
 from drl_data.errors import TapError
 from drl_data.spec import TapSpec
-from drl_data.taps import ResolvedTap, capture, parse, resolve
+from drl_data.tap_sites import MODEL_SITES, SITES
+from drl_data.taps import ResolvedTap, parse, resolve
 
 
 class InPlace(nn.Module):
@@ -68,13 +70,27 @@ def run(model: Model, *paths: str, stop_early: bool = True) -> dict[str, float]:
 NAMES = st.from_regex(r"[a-z_]{1,8}(\.[a-z0-9_*?]{1,8}){0,3}", fullmatch=True)
 
 
-@given(NAMES, st.sampled_from(["", "@out", "@in"]), st.none() | st.integers(0, 99))
-def test_grammar_round_trips(pattern: str, site: str, part: int | None) -> None:
-    text = pattern + site + (f".{part}" if site and part is not None else "")
-    assert parse(text) == (pattern, site[1:] or "out", part if site else None)
+PARTS = st.lists(
+    st.sampled_from(["image", "text", "cls", "heads[0,3]", "channels[0:4,8:9]", "shift_mlp"]),
+    max_size=3,
+)
 
 
-@pytest.mark.parametrize("text", ["", "a b", "a@nowhere", "a@out.x", "@out", "a@in.1.2"])
+@given(
+    NAMES.filter(lambda name: name.split(".")[0] not in MODEL_SITES),
+    st.sampled_from(["", *SITES]),
+    st.none() | st.integers(0, 99),
+    PARTS,
+)
+def test_grammar_round_trips(pattern: str, site: str, index: int | None, parts: list[str]) -> None:
+    words = tuple(([] if index is None else [str(index)]) + parts) if site else ()
+    text = ".".join((f"{pattern}@{site}" if site else pattern, *words))
+    assert parse(text) == (pattern, site or "out", words)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a b", "a@nowhere", "a@out.x", "@out", "a@in.1.2", "a@eps", "a@out.heads[]"]
+)
 def test_what_is_no_tap_is_refused(text: str) -> None:
     with pytest.raises(TapError, match=r"want module\.path\[@site\]\[\.part\]"):
         parse(text)

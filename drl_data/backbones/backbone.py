@@ -12,18 +12,28 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from drl_data.errors import SpecError
+from drl_data.capture import Streams, capture, image_output
+from drl_data.errors import SpecError, TapError
 from drl_data.flops import FeatureFlops, count_flops, trace
-from drl_data.reduce import MAP, TOKENS, VECTOR, reduce
+from drl_data.reduce import MAP, TOKENS, VECTOR
 from drl_data.schedule import Schedule
-from drl_data.spec import ArraySpec, ConditionSpec, DType, ImageSpec, ResolvedTime, TapSpec
-from drl_data.taps import ResolvedTap, capture, expand_aliases, refuse_token_names, resolve
+from drl_data.spec import (
+    ArraySpec,
+    ConditionSpec,
+    ImageSpec,
+    ResolvedTime,
+    StorageDType,
+    TapSpec,
+)
+from drl_data.tap_reducer import TapReducer, timesteps_of
+from drl_data.tap_sites import PREDICTIONS
+from drl_data.taps import VAE, ResolvedTap, expand_aliases, resolve
 
 if TYPE_CHECKING:
     from drl_data.backbones.text import TextEncoders
@@ -116,6 +126,9 @@ class Backbone(ABC):
     text: TextEncoders | None = None
     """The text encoders that `conditioning` loads, where the model takes text."""
 
+    vae: nn.Module | None = None
+    """The VAE before a latent denoiser, whose modules can be tapped as `vae.PATH`."""
+
     def __init__(self, network: nn.Module, schedule: Schedule, device: torch.device) -> None:
         self.network = network.eval().requires_grad_(False)
         self.schedule = schedule
@@ -148,37 +161,45 @@ class Backbone(ABC):
     def forward(self, x: Tensor, model_time: Tensor, kwargs: Mapping[str, Tensor]) -> object:
         """One whole denoiser forward of x [b, c, h, w] at model_time [b]."""
 
-    def resolve(self, taps: Sequence[TapSpec]) -> tuple[ResolvedTap, ...]:
-        """The taps resolved against the network's modules, under whichever of their names.
+    def decode(self, latents: Tensor, *, scaled: bool | Literal["per_channel"]) -> object:
+        """One forward of the VAE's decoder, for the taps in it; `scaled` as `LatentSpec.scale`.
 
         Raises:
-            TapError: if a tap matches nothing, or two arrays would have one name.
+            TapError: this model has no decoder.
         """
-        return resolve(self.network, expand_aliases(taps, self.aliases()))
+        raise TapError("this model has no VAE decoder; leave out taps of vae.dec")
+
+    def streams(self, x: Tensor, kwargs: Mapping[str, Tensor]) -> Streams | None:
+        """How the image's tokens lie among others inside the network, for its input x [b, c, h, w]
+        and what it is told; None where no tensor holds other tokens."""
+        return None
+
+    def resolve(self, taps: Sequence[TapSpec]) -> tuple[ResolvedTap, ...]:
+        """The taps of a spec against the modules of this model and of its VAE, under whichever of
+        their names.
+
+        Raises:
+            TapError: see `taps.resolve`.
+        """
+        return resolve(self.network, expand_aliases(taps, self.aliases()), self.vae)
 
     def aliases(self) -> Mapping[str, tuple[str, str]]:
         """Other names of modules: {name: (module whose output it is, module whose input it is)}."""
         return {}
 
-    def image_part(self, tap: ResolvedTap, value: object) -> object:
-        """What a tap without a part means where a module gives several streams: the image's."""
-        return value
-
     def arrange(
-        self, tap: ResolvedTap, x: Tensor, size: tuple[int, int], kwargs: Mapping[str, Tensor]
+        self, tap: ResolvedTap, x: Tensor, size: tuple[int, int]
     ) -> tuple[Tensor, tuple[str, ...]]:
-        """A tap's tensor with the names of its axes.
-
-        `size` is the height and width of the denoiser's input, `kwargs` what it is told.
-        """
-        refuse_token_names(tap)
+        """A tap's tensor with the names of its axes; `size` is height and width of the denoiser's
+        input."""
         return arrange(x, size)
 
     def replica(self) -> Self:
         """The same weights behind other modules, so that hooks of two threads do not meet."""
-        shared = [*self.network.parameters(), *self.network.buffers()]
         other = copy.copy(self)
-        other.network = copy.deepcopy(self.network, {id(tensor): tensor for tensor in shared})
+        other.network = _replica(self.network)
+        if self.vae is not None:
+            other.vae = _replica(self.vae)
         return other
 
     def tap(
@@ -193,7 +214,8 @@ class Backbone(ABC):
     ) -> dict[str, Tensor]:
         """One forward of x [b, c, h, w]; {tap name: transform(tap, tensor, names of its axes)}.
 
-        The forward ends at the last tap unless `stop_early` is false.
+        The forward ends at the last tap unless `stop_early` is false; without a tap of the network
+        there is none. `x` itself is what `latent.noisy` takes.
         """
         return self._forward(x, time, conditioning, taps, transform, stop_early)[0]
 
@@ -210,9 +232,7 @@ class Backbone(ABC):
         Where the network also predicts a variance, in as many channels again, that is left out.
         """
         captured, output = self._forward(x, time, conditioning, taps, transform, False)
-        prediction = output[0] if isinstance(output, tuple) else output
-        assert isinstance(prediction, Tensor), "a denoiser puts out an image"
-        return prediction[:, : x.shape[1]], captured
+        return self.image_of(output, x), captured
 
     def _forward(
         self,
@@ -231,22 +251,78 @@ class Backbone(ABC):
         kwargs = conditioning.expand(len(x))
         output: object = None
 
-        def arrange_and_transform(tap: ResolvedTap, tensor: Tensor) -> Tensor:
-            return transform(tap, *self.arrange(tap, tensor, size, kwargs))
-
         def run() -> None:
             nonlocal output
             output = self.forward(x, model_time, kwargs)
 
-        captured = capture(
-            self.network,
-            taps,
-            run,
-            arrange_and_transform,
-            select=self.image_part,
-            stop_early=stop_early,
-        )
+        captured = {tap.name: transform(tap, x, MAP) for tap in taps if tap.site == "latent"}
+        predictions = [tap for tap in taps if tap.site in PREDICTIONS]
+        inside = [tap for tap in taps if tap.site != "latent" and tap not in predictions]
+        whole = bool(predictions) or not stop_early
+        if inside or whole:
+            captured |= capture(
+                self.network,
+                inside,
+                run,
+                lambda tap, tensor: transform(tap, *self._arranged(tap, tensor, size)),
+                stop_early=not whole,
+                streams=self.streams(x, kwargs),
+            )
+        for tap in predictions:
+            predicted = self.schedule.predicted(tap.site, self.image_of(output, x), x, time)
+            captured[tap.name] = transform(tap, predicted, MAP)
         return captured, output
+
+    def image_of(self, output: object, x: Tensor) -> Tensor:
+        """The network's output [b, c, h, w] for x, without a variance that it predicts in as many
+        channels again."""
+        prediction = output[0] if isinstance(output, tuple) else output
+        assert isinstance(prediction, Tensor), "a denoiser puts out an image"
+        return prediction[:, : x.shape[1]]
+
+    def _arranged(
+        self, tap: ResolvedTap, x: Tensor, size: tuple[int, int]
+    ) -> tuple[Tensor, tuple[str, ...]]:
+        """`arrange`, which also knows attention probabilities [b, head, query, key]."""
+        if tap.site != "attn.probs" or x.ndim != 4:
+            return self.arrange(tap, x, size)
+        arranged, dims = self.arrange(tap, x.flatten(0, 1), size)
+        return arranged.reshape(*x.shape[:2], *arranged.shape[1:]), ("head", *dims)
+
+    def encode_and_tap(
+        self, pixels: Tensor, taps: Sequence[ResolvedTap], transform: Transform
+    ) -> Posterior:
+        """`encode`, with the taps in the VAE's encoder and of the posterior taken on the way."""
+        found: list[Posterior] = []
+        inside = [tap for tap in taps if tap.module]
+        if inside:
+            self._tap_vae(inside, lambda: found.append(self.encode(pixels)), transform)
+        posterior = found[0] if found else self.encode(pixels)
+        for tap in taps:
+            if not tap.module:
+                if posterior.std is None:
+                    raise TapError(
+                        f"tap {tap.address}: this model has no VAE with a posterior, so no moments"
+                    )
+                transform(tap, torch.cat([posterior.mean, posterior.std], dim=1), MAP)
+        return posterior
+
+    def decode_and_tap(
+        self,
+        latents: Tensor,
+        taps: Sequence[ResolvedTap],
+        transform: Transform,
+        *,
+        scaled: bool | Literal["per_channel"],
+    ) -> None:
+        """The clean latents, and the taps in the VAE's decoder when it decodes them."""
+        for tap in taps:
+            if not tap.module:
+                transform(tap, latents, MAP)
+        inside = [tap for tap in taps if tap.module]
+        if inside:
+            decode = lambda: self.decode(latents, scaled=scaled)  # noqa: E731
+            self._tap_vae(inside, decode, transform, stop_early=True)
 
     def arrays(
         self,
@@ -254,42 +330,48 @@ class Backbone(ABC):
         images: ImageSpec,
         condition: ConditionSpec,
         time: ResolvedTime,
-        dtype: DType,
+        dtype: StorageDType,
     ) -> tuple[ArraySpec, ...]:
         """Name, axes and shape of each tap's array, from one forward; meant for the meta device."""
-        found: dict[str, ArraySpec] = {}
-
-        def note(tap: ResolvedTap, tensor: Tensor, dims: tuple[str, ...]) -> Tensor:
-            reduced, reduced_dims = reduce(tensor, dims, tap.reduce)
-            found[tap.name] = ArraySpec(
+        x = torch.empty((1, *self.input_shape(images)), dtype=self.dtype, device=self.device)
+        pixels = torch.empty((1, images.n_channels, *images.size), device=self.device)
+        reducer = TapReducer(taps)
+        reducer.start(0, 1)
+        with torch.no_grad():
+            if reducer.encoder:
+                self.encode_and_tap(pixels.to(self.dtype), reducer.encoder, reducer.take)
+            self.decode_and_tap(x, reducer.decoder, reducer.take, scaled=True)
+            self.tap(x, time, self.conditioning(condition), reducer.denoiser, reducer.take)
+            found = reducer.finish()
+        return tuple(
+            ArraySpec(
                 name=tap.name,
                 tap=tap.address,
-                dims=reduced_dims,
-                shape=tuple(reduced.shape[1:]),
+                dims=reducer.dims[tap.name],
+                shape=tuple(found[tap.name].shape[1:]),
                 dtype=dtype,
+                timesteps=timesteps_of(tap),
             )
-            return reduced
-
-        with torch.no_grad():
-            self.tap(self._blank(images), time, self.conditioning(condition), taps, note)
-        return tuple(found[tap.name] for tap in taps)
+            for tap in taps
+        )
 
     def modules(self, images: ImageSpec, condition: ConditionSpec) -> tuple[TappableModule, ...]:
         """Every module that puts out a tensor, from one forward; meant for the meta device."""
         x = self._blank(images)
         told = self.conditioning(condition).expand(1)
         time = torch.zeros(1, dtype=torch.long, device=self.device)
+        streams = self.streams(x, told)
         with torch.no_grad():
             calls, total = trace(
                 self.network,
                 lambda: self.forward(x, time, told),
-                select=lambda path, output: self.image_part(_whole(path), output),
+                select=lambda module, output: image_output(module, output, streams),
             )
         size = (x.shape[-2], x.shape[-1])
 
         def described(path: str, kind: str, output: Tensor, through: int) -> TappableModule:
             if output.ndim > 1 and len(output) == 1:
-                output, dims = self.arrange(_whole(path), output, size, told)
+                output, dims = self.arrange(ResolvedTap(path, path, "out"), output, size)
                 return TappableModule(path, kind, dims, tuple(output.shape[1:]), through / total)
             return TappableModule(path, kind, (), tuple(output.shape), through / total)
 
@@ -304,26 +386,54 @@ class Backbone(ABC):
             (1, images.n_channels, *images.size), dtype=self.dtype, device=self.device
         )
 
+        reducer = TapReducer(taps)
+
+        def ignored(_tap: ResolvedTap, tensor: Tensor, _dims: tuple[str, ...]) -> Tensor:
+            return tensor
+
         def forward(*, stop_early: bool) -> Callable[[], object]:
             return lambda: self.tap(
-                x, CLEAN, told, taps, lambda _tap, tensor, _dims: tensor, stop_early=stop_early
+                x, CLEAN, told, reducer.denoiser, ignored, stop_early=stop_early
             )
+
+        def encode() -> None:
+            self.encode(pixels)
+            self.decode_and_tap(x, reducer.decoder, ignored, scaled=True)
 
         with torch.no_grad():
             return FeatureFlops(
                 whole=count_flops(forward(stop_early=False)),
                 cut=count_flops(forward(stop_early=True)),
-                encode=count_flops(lambda: self.encode(pixels)),
+                encode=count_flops(encode),
             )
+
+    def _tap_vae(
+        self,
+        taps: Sequence[ResolvedTap],
+        forward: Callable[[], object],
+        transform: Transform,
+        *,
+        stop_early: bool = False,
+    ) -> None:
+        assert self.vae is not None
+        whole = {tap.name: tap for tap in taps}
+        local = [replace(tap, module=tap.module.removeprefix(VAE)) for tap in taps]
+        capture(
+            self.vae,
+            local,
+            forward,
+            lambda tap, x: transform(whole[tap.name], *arrange(x, (0, 0))),
+            stop_early=stop_early,
+        )
 
     def _blank(self, images: ImageSpec) -> Tensor:
         """One input of the denoiser, without content."""
         return torch.empty((1, *self.input_shape(images)), dtype=self.dtype, device=self.device)
 
 
-def _whole(path: str) -> ResolvedTap:
-    """The tap of what a module puts out."""
-    return ResolvedTap(path, path, "out", None)
+def _replica(module: nn.Module) -> nn.Module:
+    shared = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
 
 
 def arrange(x: Tensor, size: tuple[int, int]) -> tuple[Tensor, tuple[str, ...]]:

@@ -29,17 +29,16 @@ from drl_data.backbones.backbone import (
     refuse_text,
 )
 from drl_data.backbones.loader import ModelFolder, placed, seeded, weights_errors
-from drl_data.errors import SpecError, TapError, WeightsError
-from drl_data.reduce import MAP, TOKENS, TORCH_DTYPES, VECTOR
+from drl_data.backbones.tokens import TokenLayout
+from drl_data.capture import Streams
+from drl_data.errors import SpecError, WeightsError
+from drl_data.reduce import TOKENS, TORCH_DTYPES
 from drl_data.schedule import NoSchedule
 from drl_data.spec import ConditionSpec, ImageSpec
 from drl_data.taps import ResolvedTap
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-MAX_PREFIX_TOKENS = 16
-"""More tokens than this before the patches are no class token and registers."""
 
 
 class EncoderBackbone(Backbone):
@@ -92,30 +91,19 @@ class EncoderBackbone(Backbone):
             options["noise"] = torch.arange(n_patches, device=x.device).expand(len(x), -1)
         return self.network(pixel_values=x, **options, **kwargs)
 
-    def arrange(
-        self, tap: ResolvedTap, x: Tensor, size: tuple[int, int], kwargs: Mapping[str, Tensor]
-    ) -> tuple[Tensor, tuple[str, ...]]:
-        n_prefix, side = self._prefix(x, size)
-        if tap.part in ("cls", "prefix"):
-            if x.ndim != 3 or n_prefix < 1:
-                raise TapError(
-                    f"tap {tap.address}: {list(x.shape)} has no token before its patches"
-                )
-            return (x[:, 0], VECTOR) if tap.part == "cls" else (x[:, :n_prefix], TOKENS)
-        if tap.part == "patches" and n_prefix < 0:
-            raise TapError(f"tap {tap.address}: {list(x.shape)} has no patches of this image")
-        if x.ndim != 3 or n_prefix < 0:
-            return arrange(x, size)
-        patches = x[:, n_prefix:].transpose(1, 2)
-        return patches.reshape(x.shape[0], x.shape[2], *side), MAP
+    def streams(self, x: Tensor, kwargs: Mapping[str, Tensor]) -> Streams | None:
+        if self.patch is None:
+            return None
+        return Streams((x.shape[-2] // self.patch) * (x.shape[-1] // self.patch), n_text=None)
 
-    def _prefix(self, x: Tensor, size: tuple[int, int]) -> tuple[int, tuple[int, int]]:
-        """Number of tokens before the patches (-1 if these are not patches), and the patch grid."""
-        if x.ndim != 3 or self.patch is None:
-            return -1, (0, 0)
-        side = (size[0] // self.patch, size[1] // self.patch)
-        n_prefix = x.shape[1] - side[0] * side[1]
-        return (n_prefix if 0 <= n_prefix <= MAX_PREFIX_TOKENS else -1), side
+    def arrange(
+        self, tap: ResolvedTap, x: Tensor, size: tuple[int, int]
+    ) -> tuple[Tensor, tuple[str, ...]]:
+        if x.ndim == 3 and tap.parts[-1:] == ("prefix",):
+            return x, TOKENS
+        if self.patch is None:
+            return arrange(x, size)
+        return TokenLayout(size[0] // self.patch, size[1] // self.patch).arrange(tap, x, text=False)
 
 
 def _load_network(folder: ModelFolder, device: torch.device) -> PreTrainedModel:

@@ -14,6 +14,7 @@ from drl_data.backbones.loader import ModelFolder, load_flow_schedule, load_netw
 from drl_data.backbones.text import POOLED, PROMPT, TextEncoders
 from drl_data.backbones.tokens import TokenLayout, is_text
 from drl_data.backbones.vae import latent_shape, load_vae
+from drl_data.capture import Streams
 from drl_data.errors import SpecError
 from drl_data.spec import ConditionSpec, ImageSpec
 from drl_data.taps import ResolvedTap
@@ -39,41 +40,43 @@ class JointTransformer(LatentTextBackbone):
         POOLED: "pooled_projections",
     }
 
-    def image_part(self, tap: ResolvedTap, value: object) -> object:
-        if self._is_block(tap) and tap.site == "out" and isinstance(value, tuple):
-            return value[1]
-        return value
+    TEXT_FIRST: ClassVar[bool]
+    """Whether text tokens come before the image's where one tensor holds both."""
+
+    def streams(self, x: Tensor, kwargs: Mapping[str, Tensor]) -> Streams:
+        n_image = (x.shape[-2] // PATCH) * (x.shape[-1] // PATCH)
+        return Streams(n_image, kwargs["encoder_hidden_states"].shape[1], self.TEXT_FIRST)
 
     def arrange(
-        self, tap: ResolvedTap, x: Tensor, size: tuple[int, int], kwargs: Mapping[str, Tensor]
+        self, tap: ResolvedTap, x: Tensor, size: tuple[int, int]
     ) -> tuple[Tensor, tuple[str, ...]]:
-        layout = TokenLayout(
-            size[0] // PATCH, size[1] // PATCH, kwargs["encoder_hidden_states"].shape[1]
-        )
+        layout = TokenLayout(size[0] // PATCH, size[1] // PATCH)
         return layout.arrange(
             tap,
             x,
             text=is_text(tap.module) or self._is_text_part(tap),
-            only_image=self._is_block(tap) and tap.part is None,
+            only_image=self._class_of(tap) in JOINT_BLOCKS and not tap.parts,
         )
 
     def _class_of(self, tap: ResolvedTap) -> str:
         return type(self.network.get_submodule(tap.module)).__name__
 
-    def _is_block(self, tap: ResolvedTap) -> bool:
-        return self._class_of(tap) in JOINT_BLOCKS
-
     def _is_text_part(self, tap: ResolvedTap) -> bool:
-        if self._is_block(tap) and tap.site == "out":
-            return tap.part == 0
-        joint = self._is_block(tap) or self._class_of(tap) in JOINT_ATTENTIONS
-        return joint and tap.part == 1
+        kinds = [part for part in tap.parts if part in ("image", "text")]
+        if kinds:
+            return kinds[0] == "text"
+        is_block = self._class_of(tap) in JOINT_BLOCKS
+        if is_block and tap.site == "out":
+            return tap.parts[:1] == ("0",)
+        joint = is_block or self._class_of(tap) in JOINT_ATTENTIONS
+        return joint and tap.parts[:1] == ("1",)
 
 
 class SD3Backbone(JointTransformer):
     """SD3Transformer2DModel (Esser et al. 2024): two CLIPs and, if the folder has it, T5."""
 
     network: SD3Transformer2DModel
+    TEXT_FIRST = False
 
     @classmethod
     def load(cls, folder: ModelFolder, device: torch.device) -> SD3Backbone:
@@ -130,6 +133,7 @@ class FluxBackbone(JointTransformer):
     """
 
     network: FluxTransformer2DModel
+    TEXT_FIRST = True
 
     @classmethod
     def load(cls, folder: ModelFolder, device: torch.device) -> FluxBackbone:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from drl_data.backbones.backbone import Backbone, Conditioning, Posterior
 from drl_data.backbones.text import MASK, TextEncoders, read_embeddings
-from drl_data.backbones.vae import encode_latents
+from drl_data.backbones.vae import decode_latents, encode_latents
 from drl_data.errors import SpecError
 from drl_data.schedule import Schedule
 from drl_data.spec import ConditionSpec
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 class LatentTextBackbone(Backbone):
     """A denoiser of VAE latents that takes text; families say which text, and how it is called."""
 
+    vae: AutoencoderKL | AutoencoderDC
     text: TextEncoders
 
     TOLD: ClassVar[Mapping[str, str]]
@@ -62,6 +63,9 @@ class LatentTextBackbone(Backbone):
 
     def encode(self, pixels: Tensor) -> Posterior:
         return encode_latents(self.vae, pixels, self.dtype)
+
+    def decode(self, latents: Tensor, *, scaled: bool | Literal["per_channel"]) -> object:
+        return decode_latents(self.vae, latents, scaled=scaled)
 
     def conditioning(self, spec: ConditionSpec) -> Conditioning:
         assert not spec.per_sample

@@ -12,7 +12,7 @@ from torch import Tensor
 from drl_data.backbones.backbone import arrange
 from drl_data.errors import TapError
 from drl_data.reduce import MAP, TOKENS
-from drl_data.taps import ResolvedTap, refuse_token_names
+from drl_data.taps import ResolvedTap
 
 _TEXT_MODULES = frozenset(
     {
@@ -34,33 +34,28 @@ def is_text(module: str) -> bool:
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """The grid of patches, row-major, and the text tokens before it in a joint sequence."""
+    """The grid of patches, row-major."""
 
     height: int
     width: int
-    n_text: int
 
     def arrange(
         self, tap: ResolvedTap, x: Tensor, *, text: bool, only_image: bool = False
     ) -> tuple[Tensor, tuple[str, ...]]:
-        """Tokens [b, n, c] of the image, alone or after the text's, to a map; text stays tokens.
+        """Tokens [b, n, c] of the image to a map; text stays tokens.
 
         Raises:
-            TapError: if `only_image` and there are other tokens: the library's layout changed; or
-                for tokens by name.
+            TapError: if `only_image` and there are other tokens: the library's layout changed.
         """
-        refuse_token_names(tap)
         if x.ndim != 3:
             return arrange(x, (0, 0))
         n_image = self.height * self.width
-        if not text and x.shape[1] == n_image + self.n_text:
-            x = x[:, self.n_text :]
         if not text and x.shape[1] == n_image:
             return x.transpose(1, 2).reshape(len(x), -1, self.height, self.width), MAP
         if only_image:
             raise TapError(
-                f"tap {tap.address}: {x.shape[1]} tokens, want the image's {n_image} (or "
-                f"{n_image + self.n_text} with the text's before them); the library's layout is "
-                "not the one that this adapter knows: choose an entry with @out.N"
+                f"tap {tap.address}: {x.shape[1]} tokens, want the image's {n_image}; the "
+                "library's layout is not the one that this adapter knows: choose an entry with "
+                "@out.N"
             )
         return x, TOKENS

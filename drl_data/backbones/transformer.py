@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,13 @@ from drl_data.backbones.loader import (
 )
 from drl_data.backbones.text import MASK, PROMPT, TextEncoders
 from drl_data.backbones.tokens import TokenLayout, is_text
-from drl_data.backbones.vae import encode_latents, latent_shape, load_vae, vae_factor
+from drl_data.backbones.vae import (
+    decode_latents,
+    encode_latents,
+    latent_shape,
+    load_vae,
+    vae_factor,
+)
 from drl_data.errors import SpecError, WeightsError
 from drl_data.schedule import Schedule
 from drl_data.spec import ConditionSpec, ImageSpec
@@ -40,6 +46,7 @@ class DiTBackbone(Backbone):
     """DiTTransformer2DModel and its AutoencoderKL; class-conditional, with a null class."""
 
     network: DiTTransformer2DModel
+    vae: AutoencoderKL
 
     def __init__(
         self,
@@ -81,6 +88,9 @@ class DiTBackbone(Backbone):
     def encode(self, pixels: Tensor) -> Posterior:
         return encode_latents(self.vae, pixels, self.dtype)
 
+    def decode(self, latents: Tensor, *, scaled: bool | Literal["per_channel"]) -> object:
+        return decode_latents(self.vae, latents, scaled=scaled)
+
     def conditioning(self, spec: ConditionSpec) -> Conditioning:
         assert spec.class_label != "label"
         refuse_text(spec, "DiT")
@@ -109,10 +119,10 @@ class CrossAttentionTransformer(LatentTextBackbone):
         return latent_shape(images, self.vae, patch.bit_length() - 1)
 
     def arrange(
-        self, tap: ResolvedTap, x: Tensor, size: tuple[int, int], kwargs: Mapping[str, Tensor]
+        self, tap: ResolvedTap, x: Tensor, size: tuple[int, int]
     ) -> tuple[Tensor, tuple[str, ...]]:
         patch = self.network.config.patch_size
-        layout = TokenLayout(size[0] // patch, size[1] // patch, n_text=0)
+        layout = TokenLayout(size[0] // patch, size[1] // patch)
         return layout.arrange(tap, x, text=is_text(tap.module))
 
     def text_shapes(self, n_tokens: int) -> dict[str, tuple[int, ...]]:

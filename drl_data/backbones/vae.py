@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -100,3 +100,24 @@ def _per_channel(values: Sequence[float] | None, like: Tensor, dtype: torch.dtyp
     if values is None:
         return None
     return torch.tensor(values, dtype=dtype, device=like.device)[:, None, None]
+
+
+def decode_latents(
+    vae: AutoencoderKL | AutoencoderDC,
+    latents: Tensor,
+    *,
+    scaled: bool | Literal["per_channel"],
+) -> object:
+    """One forward of the decoder of latents [b, c, h, w] as the denoiser takes them; `scaled` says
+    how `LatentSpec.scale` had scaled them."""
+    config, z = vae.config, latents
+    if scaled == "per_channel":
+        mean = _per_channel(config.latents_mean, z, z.dtype)
+        std = _per_channel(config.latents_std, z, z.dtype)
+        assert mean is not None, "they could not be scaled so"
+        assert std is not None
+        z = z / config.scaling_factor * std + mean
+    elif scaled:
+        z = z / config.scaling_factor
+        z = z if is_deterministic(vae) else z + (config.shift_factor or 0.0)
+    return vae.decode(z.to(vae.dtype), return_dict=False)

@@ -230,7 +230,7 @@ def _sources(
         label=label,
         store=store.url,
         fingerprint=store.fingerprint,
-        cells=tuple(cell for a in store.arrays for cell in cells(a.name, times)),
+        cells=tuple(cell for a in store.features for cell in cells(a.name, times)),
         **counts,
     )
     if PIXELS_KEY not in data.shapes:

@@ -1,0 +1,296 @@
+"""Capture of taps during one forward: hooks, parts of what they see, the early end.
+
+Hooks sit on the library's own modules and its forward is never rewritten. When the last tap has
+fired the forward is abandoned by a private exception, so nothing past it is computed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from drl_data.attention import AttentionWatch
+from drl_data.errors import TapError
+from drl_data.reduce import PROBABILITIES, at_source, reduce
+from drl_data.taps import ResolvedTap
+
+MAX_PREFIX_TOKENS = 16
+"""More tokens than this before an encoder's patches are no class token and registers."""
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Tokens of a transformer that has more than the image's, and where they lie.
+
+    Of a joint transformer `n_text` are the text's, and `text_first` says which kind comes first
+    where both are in one tensor. An encoder has None: whatever is before its patches, the class
+    token first.
+    """
+
+    n_image: int
+    n_text: int | None
+    text_first: bool = True
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Parts that name tokens; the first one is meant where a tap names none."""
+        return ("patches", "cls", "prefix") if self.n_text is None else ("image", "text")
+
+    def holds(self, n_tokens: int) -> bool:
+        """Whether so many tokens are the image's with others."""
+        n_other = n_tokens - self.n_image
+        return 0 < n_other <= MAX_PREFIX_TOKENS if self.n_text is None else n_other == self.n_text
+
+
+class _LastTapReached(BaseException):  # a signal, not an error; nothing may catch it
+    """Raised from a hook to leave the forward; a BaseException so that no model swallows it."""
+
+
+def capture(
+    model: nn.Module,
+    taps: Sequence[ResolvedTap],
+    forward: Callable[[], object],
+    transform: Callable[[ResolvedTap, Tensor], Tensor],
+    *,
+    stop_early: bool = True,
+    streams: Streams | None = None,
+) -> dict[str, Tensor]:
+    """Run `forward` once and return {tap name: transform(tap, tensor)}.
+
+    `transform` runs inside the hook, before the model can change the tensor in place. A module
+    that is called several times in one forward gives the tensor of its first call. With
+    `stop_early` the forward ends at the last tap; the tensors are the same either way. `streams`
+    says how the image's tokens lie among others: they are the default.
+
+    Raises:
+        TapError: if a tap did not fire, or fired with something that holds no tensor.
+    """
+    captured: dict[str, Tensor] = {}
+
+    def take(tap: ResolvedTap, tensor: Tensor) -> None:
+        if tap.name in captured:
+            return
+        captured[tap.name] = transform(tap, tensor)
+        if stop_early and len(captured) == len(taps):
+            raise _LastTapReached
+
+    with _hooks(model, taps, take, streams), suppress(_LastTapReached):
+        forward()
+    missing = [tap.address for tap in taps if tap.name not in captured]
+    if missing:
+        raise TapError(
+            f"the forward never reached {', '.join(missing)}: the module exists but is not called "
+            "with this conditioning (or, for attn.probs, does not call "
+            "F.scaled_dot_product_attention); tap another module"
+        )
+    return captured
+
+
+Take = Callable[[ResolvedTap, Tensor], None]
+
+
+@contextmanager
+def _hooks(
+    model: nn.Module, taps: Sequence[ResolvedTap], take: Take, streams: Streams | None
+) -> Iterator[None]:
+    """The hooks of all taps, while the block runs."""
+    probs: dict[str, list[ResolvedTap]] = defaultdict(list)
+    handles: list[RemovableHandle] = []
+    with ExitStack() as stack:
+        for tap in taps:
+            if tap.site == "attn.probs":
+                probs[tap.module].append(tap)
+            else:
+                handles.append(_hook(model.get_submodule(tap.module), tap, take, streams))
+        if probs:
+            watch = AttentionWatch(
+                {path: [_taker(tap, take, streams) for tap in group]
+                 for path, group in probs.items()}
+            )  # fmt: skip
+            stack.enter_context(watch)
+            for path in probs:
+                handles += _watch(model.get_submodule(path), path, watch)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _watch(module: nn.Module, path: str, watch: AttentionWatch) -> list[RemovableHandle]:
+    return [
+        module.register_forward_pre_hook(lambda *_: watch.enter(path)),
+        module.register_forward_hook(lambda *_: watch.leave()),
+    ]
+
+
+def _hook(
+    module: nn.Module, tap: ResolvedTap, take: Take, streams: Streams | None
+) -> RemovableHandle:
+    if tap.site in ("in", "modulation"):
+
+        def before(_: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+            if tap.site == "modulation":
+                take(tap, _apply_parts(tap, _modulation_of(tap, module, (*args, *kwargs.values())),
+                                       tap.parts, streams))  # fmt: skip
+            else:
+                take(tap, _tensor_of(tap, (*args, *kwargs.values()), streams, text_first=False))
+
+        return module.register_forward_pre_hook(before, with_kwargs=True)
+
+    def after(_: nn.Module, args: tuple[object, ...], output: object) -> None:
+        take(tap, _tensor_of(tap, output, streams, text_first=_gives_text_first(module)))
+
+    return module.register_forward_hook(after)
+
+
+def image_output(module: nn.Module, output: object, streams: Streams | None) -> Tensor | None:
+    """What a tap on a module's output takes by default; None where there is no tensor."""
+    found = _choose(output, (), streams, text_first=_gives_text_first(module))[0]
+    return None if found is None else _by_default(found, streams)
+
+
+def _gives_text_first(module: nn.Module) -> bool:
+    """Blocks return (text, image), attentions (image, text), in every diffusers model with both."""
+    return "Attention" not in type(module).__name__
+
+
+def _taker(
+    tap: ResolvedTap, take: Take, streams: Streams | None
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], None]]:
+    """What keeps some samples' probabilities [b, h, q, k], and what takes all that was kept."""
+    kinds = [part for part in tap.parts if not part.startswith("heads[")]
+    heads = [part for part in tap.parts if part.startswith("heads[")]
+    if streams is not None and not kinds:
+        kinds = [streams.kinds[0]]
+
+    def keep(x: Tensor) -> Tensor:
+        if heads:
+            x = x[:, [int(i) for i in heads[0][len("heads[") : -1].split(",")]]
+        for axis, kind in zip((2, 3), kinds, strict=False):
+            x = _stream(tap, x, axis, kind, streams)
+        return reduce(x, PROBABILITIES, at_source(tap.reduce))[0]
+
+    return keep, lambda x: take(tap, x)
+
+
+def _modulation_of(tap: ResolvedTap, module: nn.Module, given: Sequence[object]) -> Tensor:
+    """scale_shift_table + the block's time embedding, [b, 6 c] (PixArt-alpha, section 2.3)."""
+    table = module.get_parameter("scale_shift_table")
+    for value in given:
+        if isinstance(value, Tensor) and value.shape[1:] == (table.numel(),):
+            return table.flatten()[None] + value
+    raise TapError(
+        f"tap {tap.address}: the block was called without a modulation of {table.numel()} "
+        f"channels, but with {_describe(tuple(given))}"
+    )
+
+
+def _tensor_of(
+    tap: ResolvedTap, value: object, streams: Streams | None, *, text_first: bool
+) -> Tensor:
+    """The tensor itself, the entry of a tuple that is meant, or the first tensor of many."""
+    chosen, parts = _choose(value, tap.parts, streams, text_first=text_first)
+    if chosen is None:
+        raise TapError(
+            f"tap {tap.address}: no tensor there, the module gave {_describe(value)}; "
+            "choose an entry with @out.N or @in.N"
+        )
+    return _apply_parts(tap, chosen, parts, streams)
+
+
+def _choose(
+    value: object, parts: tuple[str, ...], streams: Streams | None, *, text_first: bool
+) -> tuple[Tensor | None, tuple[str, ...]]:
+    """The tensor among what a module gives, and the parts that are left to take of it."""
+    by_position = bool(parts) and parts[0].isdecimal()
+    if isinstance(value, Tensor) and not by_position:
+        return value, parts
+    if not isinstance(value, tuple | list | Mapping):
+        return None, parts
+    entries = tuple(value.values()) if isinstance(value, Mapping) else tuple(value)
+    if by_position:
+        entries, parts = entries[int(parts[0]) : int(parts[0]) + 1], parts[1:]
+    tensors = [entry for entry in entries if isinstance(entry, Tensor)]
+    if len(tensors) > 1 and streams is not None and streams.n_text is not None:
+        text = "text" in parts
+        n_tokens = streams.n_text if text else streams.n_image
+        same = [x for x in tensors if x.ndim == 3 and x.shape[1] == n_tokens]
+        # Of two streams with equally many tokens, the order tells which is which.
+        tensors = ([same[0] if text == text_first else same[-1]] if same else []) or tensors
+    return (tensors[0] if tensors else None), parts
+
+
+def _apply_parts(
+    tap: ResolvedTap, x: Tensor, parts: Sequence[str], streams: Streams | None
+) -> Tensor:
+    """Tokens of one stream, the class token, channels; by default the image's tokens."""
+    if {"image", "text", "patches", "cls", "prefix"}.isdisjoint(parts):
+        x = _by_default(x, streams)
+    for part in parts:
+        if part.startswith("channels["):
+            axis = -1 if x.ndim == 3 else 1
+            bounds = [piece.split(":") for piece in part[len("channels[") : -1].split(",")]
+            pieces = [x.narrow(axis, int(a), int(b) - int(a)) for a, b in bounds]
+            x = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=axis)
+        elif part in ("image", "text", "patches", "cls", "prefix"):
+            x = _stream(tap, x, 1, part, streams)
+            x = x[:, 0] if part == "cls" else x
+        else:
+            raise TapError(f"tap {tap.address}: the part {part} means nothing at this site")
+    return x
+
+
+def _by_default(x: Tensor, streams: Streams | None) -> Tensor:
+    """The image's tokens where x holds others too."""
+    if streams is None or x.ndim != 3 or not streams.holds(x.shape[1]):
+        return x
+    text_first = streams.n_text is None or streams.text_first
+    return x[:, -streams.n_image :] if text_first else x[:, : streams.n_image]
+
+
+def _stream(tap: ResolvedTap, x: Tensor, axis: int, kind: str, streams: Streams | None) -> Tensor:
+    """The tokens of one kind along an axis that has them alone, or with others."""
+    if streams is None and kind == "image":
+        return x
+    if streams is None or kind not in streams.kinds:
+        has = "tells no tokens apart" if streams is None else f"has {' and '.join(streams.kinds)}"
+        raise TapError(f"tap {tap.address}: no tokens named {kind!r}, this model {has}")
+    n = x.shape[axis] if x.ndim > 2 else 0
+    if streams.n_text is None:
+        n_prefix = n - streams.n_image if 0 <= n - streams.n_image <= MAX_PREFIX_TOKENS else -1
+        if n_prefix < (0 if kind == "patches" else 1):
+            what = "patches of this image" if kind == "patches" else "token before its patches"
+            raise TapError(f"tap {tap.address}: {list(x.shape)} has no {what}")
+        start, length = {
+            "patches": (n_prefix, streams.n_image),
+            "cls": (0, 1),
+            "prefix": (0, n_prefix),
+        }[kind]
+        return x.narrow(axis, start, length)
+    n_wanted, n_other = streams.n_image, streams.n_text
+    if kind == "text":
+        n_wanted, n_other = n_other, n_wanted
+    if n == n_wanted:
+        return x
+    if n != n_wanted + n_other:
+        raise TapError(
+            f"tap {tap.address}: {n} tokens; want {n_wanted} of {kind}, or {n_wanted + n_other} "
+            "with the other stream"
+        )
+    first = (kind == "text") == streams.text_first
+    return x.narrow(axis, 0 if first else n - n_wanted, n_wanted)
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, tuple | list):
+        return "(" + ", ".join(_describe(entry) for entry in value) + ")"
+    if isinstance(value, Tensor):
+        return f"tensor{list(value.shape)}"
+    return type(value).__name__

@@ -1,0 +1,162 @@
+"""Reductions that are fitted on some samples before the first unit: principal components.
+
+Whoever comes first computes the fit and puts `fits/<array>.safetensors` if it is absent; all read
+what is there, so that every unit is reduced by the same numbers, wherever it is computed. Receipts
+record the object's checksum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import safetensors.numpy
+import torch
+from safetensors import SafetensorError
+
+from drl_data.conditions import SampleConditions
+from drl_data.errors import FeatureError, InputError, ObjectNotFoundError, StoreError
+from drl_data.features import FeatureComputer
+from drl_data.images import ImageBatch, read_batches
+from drl_data.moments import Moments
+from drl_data.plan import Unit
+from drl_data.receipts import fit_path
+from drl_data.reduce import Pca, pca_of
+from drl_data.shards import crc32c
+from drl_data.spec import RunSpec
+from drl_data.store import FeatureStore
+from drl_data.tap_reducer import Fits
+from drl_data.taps import ResolvedTap
+
+
+def fitted(
+    store: FeatureStore, computer: FeatureComputer, conditions: SampleConditions, run: RunSpec
+) -> tuple[Fits, dict[str, int]]:
+    """The fits of a store on the computer's device, and their checksums; made where there are none.
+
+    Raises:
+        FeatureError: too few vectors for so many components, or values that are not finite.
+        InputError: no image that can be read.
+        StoreError: an object that is no fit.
+    """
+    wanted = [tap for tap in computer.taps if pca_of(tap.reduce) is not None]
+    missing = [tap for tap in wanted if _get(store, tap) is None]
+    if missing:
+        for name, made in _fit(store, computer, conditions, missing, run).items():
+            store.folder.put_if_absent(fit_path(name), made)
+    fits: dict[str, list[Pca]] = {}
+    checksums: dict[str, int] = {}
+    for tap in wanted:
+        data = _get(store, tap)
+        if data is None:
+            raise StoreError(f"{store.url}/{fit_path(tap.name)}: deleted while it was fitted")
+        fits[tap.name] = _parse(data, f"{store.url}/{fit_path(tap.name)}", computer)
+        checksums[tap.name] = crc32c([data])
+    return fits, checksums
+
+
+def _get(store: FeatureStore, tap: ResolvedTap) -> bytes | None:
+    try:
+        return bytes(store.folder.get(fit_path(tap.name)))
+    except ObjectNotFoundError:
+        return None
+
+
+def _parse(data: bytes, place: str, computer: FeatureComputer) -> list[Pca]:
+    device = computer.backbone.device
+    try:
+        arrays = safetensors.numpy.load(data)
+        return [
+            Pca(
+                torch.from_numpy(arrays[f"mean.{t}"]).to(device),
+                torch.from_numpy(arrays[f"components.{t}"]).to(device),
+            )
+            for t in range(sum(name.startswith("mean.") for name in arrays))
+        ]
+    except (SafetensorError, KeyError) as error:
+        raise StoreError(
+            f"{place}: not a fit ({error}); units that are done depend on it: restore it from a "
+            "backup, or extract into another store"
+        ) from error
+
+
+def _fit(
+    store: FeatureStore,
+    computer: FeatureComputer,
+    conditions: SampleConditions,
+    taps: Sequence[ResolvedTap],
+    run: RunSpec,
+) -> dict[str, bytes]:
+    """Array -> bytes of its fit, from the first view of samples spread evenly over the rows."""
+    settings = {tap.name: found for tap in taps if (found := pca_of(tap.reduce))}
+    before = [replace(tap, reduce=tap.reduce[: settings[tap.name][0]]) for tap in taps]
+    partial = computer.with_taps(before)
+    moments: dict[tuple[str, int], Moments] = {}
+    n_wanted = {name: n for name, (_, _, n) in settings.items()}
+    n_seen = 0
+    for batch in _spread_batches(store, max(n_wanted.values()), run):
+        told = conditions.batch(batch.start, batch.n_rows, len(batch.pixels))
+        bad = {row.row - batch.start for row in (*batch.invalid, *told.invalid)}
+        rows = [i for i in range(batch.n_rows) if i not in bad]
+        if not rows:
+            continue
+        keys = [*batch.keys, *[""] * (len(batch.pixels) - batch.n_rows)]
+        for t, captured in partial.compute(batch.of_view(0), keys, conditioning=told.conditioning):
+            for name, x in captured.items():
+                if n_seen >= n_wanted[name]:
+                    continue
+                channel = partial.dims[name].index("channel") + 1
+                vectors = x[rows].movedim(channel, -1).flatten(0, -2)
+                new = Moments.of(vectors, covariance=True)
+                place = (name, store.array(name).cell(t, 0, len(store.times)))
+                moments[place] = moments[place].merged(new) if place in moments else new
+        n_seen += len(rows)
+    if not moments:
+        raise InputError(f"{store.url}: none of the images to fit on can be read")
+    return {tap.name: _solved(store, tap, settings[tap.name][1], moments) for tap in taps}
+
+
+def _spread_batches(store: FeatureStore, n_samples: int, run: RunSpec) -> Iterator[ImageBatch]:
+    """Whole batches of consecutive rows, evenly spread, that have `n_samples` rows together."""
+    spec = store.spec
+    n_batches = -(-min(n_samples, spec.n_samples) // spec.batch_size)
+    last = max(spec.n_samples - spec.batch_size, 0)
+    for i in range(n_batches):
+        start = i * last // max(n_batches - 1, 1)
+        yield from read_batches(
+            Unit(0, start, min(start + spec.batch_size, spec.n_samples)),
+            store.index,
+            spec.images,
+            batch_size=spec.batch_size,
+            n_threads=run.decode_threads,
+            prefetch_bytes=max(run.memory_bytes // 32, 1),
+            views=True,
+        )
+
+
+def _solved(
+    store: FeatureStore, tap: ResolvedTap, k: int, moments: dict[tuple[str, int], Moments]
+) -> bytes:
+    """mean.T [c], components.T [k, c] and variances.T [k] float32 of each entry T of the time
+    axis, and total_variance.T [1]."""
+    arrays = {}
+    for (name, t), found in sorted(moments.items()):
+        if name != tap.name:
+            continue
+        if found.count <= k:
+            raise FeatureError(
+                f"{store.url}, tap {name!r}: {found.count} vectors to fit {k} principal components "
+                "on; want more vectors than components: fit on more samples, pca(K, N)"
+            )
+        if not torch.isfinite(found.deviation).all():
+            raise FeatureError(f"{store.url}, tap {name!r}: features to fit on are not finite")
+        components, variances = found.principal(k)
+        values = {
+            "mean": found.mean,
+            "components": components,
+            "variances": variances,
+            "total_variance": found.variance.sum()[None],
+        }
+        for what, value in values.items():
+            arrays[f"{what}.{t}"] = value.float().contiguous().cpu().numpy()
+    return safetensors.numpy.save(arrays)

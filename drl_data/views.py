@@ -1,0 +1,55 @@
+"""Seeded random crops of an image: views of it that are the same wherever they are computed."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+
+from PIL import Image
+
+from drl_data.spec import CropViews
+
+_TRIES = 10
+
+
+def seeded_crop(
+    image: Image.Image,
+    size: tuple[int, int],
+    resample: Image.Resampling,
+    view: CropViews,
+    number: int,
+    key: str,
+) -> Image.Image:
+    """A random part of the image, resized to `size` (height, width) and perhaps mirrored.
+
+    A function of the image and of (view.seed, number, key): the generator is Python's, which is
+    specified, seeded by a BLAKE2b digest.
+    """
+    name = f"crop\x1f{view.seed}\x1f{number}\x1f{key}".encode("utf-8", "surrogatepass")
+    digest = hashlib.blake2b(name, digest_size=8).digest()
+    generator = random.Random(int.from_bytes(digest, "little"))
+    box = crop_box(image.size, view, generator)
+    flip = view.flip and generator.random() < 0.5
+    cropped = image.resize((size[1], size[0]), resample, box=box)
+    return cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else cropped
+
+
+def crop_box(
+    size: tuple[int, int], view: CropViews, generator: random.Random
+) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) within `size` (width, height): ten tries of area and aspect, then
+    the largest centred part of an allowed aspect (torchvision's RandomResizedCrop.get_params)."""
+    width, height = size
+    low, high = view.aspect
+    for _ in range(_TRIES):
+        area = generator.uniform(*view.area) * width * height
+        aspect = math.exp(generator.uniform(math.log(low), math.log(high)))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = generator.randint(0, width - w), generator.randint(0, height - h)
+            return left, top, left + w, top + h
+    w = max(min(width, round(height * high)), 1)
+    h = max(min(height, round(width / low)), 1)
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
