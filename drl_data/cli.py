@@ -203,6 +203,41 @@ def taps(
     )
 
 
+@app.command("try")
+def try_(
+    file: Annotated[Path, typer.Argument(help="Pipeline file (YAML), or the name of a recipe.")],
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Keep model, photographs and store here.")
+    ] = None,
+) -> None:
+    """Run a pipeline on a tiny random model of its family and a few photographs, offline."""
+    import tempfile
+
+    from drl_data.recipes import find_recipe
+    from drl_data.rehearse import rehearsal
+    from drl_data.runs import extract as run_extract
+
+    given = Pipeline.load(file if file.exists() or file.suffix else find_recipe(str(file)))
+    with tempfile.TemporaryDirectory() as temporary:
+        summary = run_extract(rehearsal(given, folder or Path(temporary)))
+        for unit, message in summary.failed:
+            err.print(f"[red]unit {unit.id} failed:[/] {escape(message)}", soft_wrap=True)
+        table = Table("array", "tap", "axes", "shape", "dtype", "rms", box=None)
+        store = summary.store
+        for array in store.features:
+            found = store.read_unit(array.name, 0, store.units[0]).astype("float32")
+            axes, shape = " ".join(d[0] for d in array.dims), "x".join(map(str, array.shape))
+            rms = float((found**2).mean() ** 0.5)
+            table.add_row(array.name, array.tap, axes, shape, array.dtype, f"{rms:.3g}")
+        out.print(table)
+        out.print(
+            f"{summary.n_ok} photographs x {len(store.times)} timesteps through a tiny random "
+            f"{given.tiny.model if given.tiny else ''} in {summary.wall_s:.1f} s",
+            soft_wrap=True,
+        )
+    raise typer.Exit(1 if summary.failed or summary.n_invalid else 0)
+
+
 @app.command()
 def extract(
     file: PipelineFile,

@@ -18,7 +18,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import yaml
 from pydantic import (
@@ -131,7 +131,9 @@ class ImageSpec(Spec):
     Pillow's, which antialias when they shrink.
     """
 
-    size: Annotated[tuple[int, int], BeforeValidator(_size_pair)]
+    size: Annotated[
+        tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], BeforeValidator(_size_pair)
+    ]
     """Height and width in pixels, or one number for both."""
     resize: Literal["shortest", "stretch", "none"] = "shortest"
     filter: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = "bicubic"
@@ -757,6 +759,28 @@ class PretrainSpec(Spec):
 # --- the pipeline file --------------------------------------------------------------------------
 
 
+class TinySpec(Spec):
+    """What a pipeline has otherwise on a tiny random model of its family (`drl try`).
+
+    `model` is a family of tiny_models.py, or `python:package.module:factory`; `network` overrides
+    its configuration. The sections are partial: what they leave out stays as the pipeline has it.
+    """
+
+    SECTIONS: ClassVar[tuple[str, ...]] = ("images", "latents", "condition", "schedule", "noise")
+
+    model: str
+    network: dict[str, JsonValue] = {}
+    taps: dict[str, str] = {}
+    """Path of a tap in the pipeline -> path in the tiny model, where that one is shallower."""
+    backbone: dict[str, JsonValue] = {}
+    images: dict[str, JsonValue] = {}
+    latents: dict[str, JsonValue] = {}
+    condition: dict[str, JsonValue] = {}
+    schedule: dict[str, JsonValue] = {}
+    noise: dict[str, JsonValue] = {}
+    features: dict[str, JsonValue] = {}
+
+
 class Pipeline(Spec):
     """One YAML file: images, backbone, features, store, tasks. Paths in it are relative to it."""
 
@@ -781,6 +805,7 @@ class Pipeline(Spec):
     stats: StatsSpec | None = None
     distill: DistillSpec | None = None
     pretrain: PretrainSpec | None = None
+    tiny: TinySpec | None = None
 
     @classmethod
     def parse(cls, data: object, source: str = "pipeline") -> Pipeline:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from drl_data.backbones import Conditioning, find_model, load_backbone
 from drl_data.errors import SpecError, TapError, WeightsError
 from drl_data.spec import BackboneSpec, ConditionSpec, ImageSpec, ScheduleSpec, TapSpec
-from drl_data.testing import TINY_ADM, save_tiny_adm
+from drl_data.tiny_models import TINY_ADM, save_tiny_adm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -24,7 +24,7 @@ from drl_data.backbones.backbone import arrange
 from drl_data.errors import SpecError, WeightsError
 from drl_data.spec import BackboneSpec, ConditionSpec, ImageSpec, ScheduleSpec, TapSpec
 from drl_data.taps import ResolvedTap, resolve
-from drl_data.testing import save_tiny_ddpm, save_tiny_dit, save_tiny_stable_diffusion
+from drl_data.tiny_models import save_tiny_ddpm, save_tiny_dit, save_tiny_stable_diffusion
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -334,7 +334,7 @@ def test_an_unknown_bundle_names_the_nearest() -> None:
 
 
 def test_the_size_of_a_folder_is_read_from_its_configuration(tmp_path: Path) -> None:
-    from drl_data.testing import save_tiny_ddpm, save_tiny_encoder, save_tiny_stable_diffusion
+    from drl_data.tiny_models import save_tiny_ddpm, save_tiny_encoder, save_tiny_stable_diffusion
 
     def size(path: Path) -> int:
         return ModelFolder.find(BackboneSpec(model=str(path))).image_size()

@@ -16,7 +16,8 @@ import yaml
 from drl_data import cli
 from drl_data.index import SampleIndex
 from drl_data.store import FeatureStore
-from drl_data.testing import save_tiny_ddpm, write_photo_tars
+from drl_data.testing import write_photo_tars
+from drl_data.tiny_models import save_tiny_ddpm
 from tests.test_extract import assert_same_store, broken_tars
 
 ROOT = Path(__file__).parents[1]

@@ -22,7 +22,7 @@ from drl_data.index import SampleIndex, build_index
 from drl_data.runs import extract
 from drl_data.spec import BackboneSpec, ConditionSpec, DatasetSpec, Pipeline
 from drl_data.store import FeatureStore
-from drl_data.testing import save_tiny_dit, save_tiny_sd3, save_tiny_stable_diffusion
+from drl_data.tiny_models import save_tiny_dit, save_tiny_sd3, save_tiny_stable_diffusion
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -34,12 +34,8 @@ from drl_data.schedule import resolve_times
 from drl_data.spec import BackboneSpec, Pipeline
 from drl_data.store import FeatureStore
 from drl_data.taps import resolve
-from drl_data.testing import (
-    save_tiny_ddpm,
-    save_tiny_dit,
-    save_tiny_stable_diffusion,
-    write_photo_tars,
-)
+from drl_data.testing import write_photo_tars
+from drl_data.tiny_models import save_tiny_ddpm, save_tiny_dit, save_tiny_stable_diffusion
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -28,7 +28,7 @@ from drl_data.spec import (
     ScheduleSpec,
     TapSpec,
 )
-from drl_data.testing import TINY_ENCODERS, save_tiny_encoder
+from drl_data.tiny_models import TINY_ENCODERS, save_tiny_encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

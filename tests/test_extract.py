@@ -39,7 +39,8 @@ from drl_data.spec import (
 )
 from drl_data.store import FeatureStore
 from drl_data.taps import resolve
-from drl_data.testing import save_tiny_ddpm, save_tiny_stable_diffusion, write_photo_tars
+from drl_data.testing import write_photo_tars
+from drl_data.tiny_models import save_tiny_ddpm, save_tiny_stable_diffusion
 
 N_SAMPLES = 22
 

@@ -60,14 +60,14 @@ from drl_data.spec import (
     TapSpec,
 )
 from drl_data.taps import ResolvedTap, resolve
-from drl_data.testing import (
+from drl_data.testing import write_photo_tars
+from drl_data.tiny_models import (
     save_tiny_dit,
     save_tiny_flux,
     save_tiny_pixart,
     save_tiny_sana,
     save_tiny_sd3,
     save_tiny_sdxl,
-    write_photo_tars,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,14 +17,14 @@ from drl_data.backbones.joint import pack, position_ids, unpack
 from drl_data.errors import SpecError, TapError
 from drl_data.runs import extract, prepare
 from drl_data.spec import BackboneSpec, ConditionSpec, ImageSpec, Pipeline, ScheduleSpec, TapSpec
-from drl_data.testing import (
+from drl_data.testing import write_photo_tars
+from drl_data.tiny_models import (
     save_tiny_flux,
     save_tiny_pixart,
     save_tiny_sana,
     save_tiny_sd3,
     save_tiny_sdxl,
     save_tiny_stable_diffusion,
-    write_photo_tars,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from drl_data.backbones import find_model, load_backbone
 from drl_data.backbones.backbone import CLEAN
 from drl_data.backbones.inventory import tappable_modules
+from drl_data.capture import image_output
 from drl_data.flops import FeatureFlops, count_flops, trace
 from drl_data.spec import BackboneSpec, ConditionSpec, ImageSpec, TapSpec
-from drl_data.testing import save_tiny_ddpm, save_tiny_stable_diffusion
+from drl_data.tiny_models import save_tiny_ddpm, save_tiny_stable_diffusion
 
 
 class Two(nn.Module):
@@ -32,6 +33,10 @@ class Two(nn.Module):
         return h, self.last(h.mean((2, 3)))
 
 
+def image_of(module: nn.Module, output: object) -> Tensor | None:
+    return image_output(module, output, None)
+
+
 CONV = 2 * 2 * 3 * 9 * 64
 LAST = 2 * 2 * 5
 
@@ -43,7 +48,7 @@ def test_a_multiply_and_an_add_are_two() -> None:
 
 def test_modules_come_in_order_with_what_is_done_at_their_end() -> None:
     model = nn.Sequential(Two())
-    calls, total = trace(model, lambda: model(torch.zeros(1, 3, 8, 8)))
+    calls, total = trace(model, lambda: model(torch.zeros(1, 3, 8, 8)), select=image_of)
     assert total == CONV + LAST
     assert [(c.path, c.kind, tuple(c.output.shape), c.flops_through) for c in calls] == [
         ("0", "Two", (1, 2, 8, 8), CONV + LAST),
@@ -55,7 +60,8 @@ def test_modules_come_in_order_with_what_is_done_at_their_end() -> None:
 
 def test_a_module_that_is_called_twice_counts_to_the_end_of_its_first_call() -> None:
     shared = nn.Linear(4, 4)
-    calls, total = trace(model := nn.Sequential(shared, shared), lambda: model(torch.zeros(1, 4)))
+    model = nn.Sequential(shared, shared)
+    calls, total = trace(model, lambda: model(torch.zeros(1, 4)), select=image_of)
     assert [(c.path, c.flops_through) for c in calls] == [("0", 32)]
     assert total == 64
 

@@ -40,7 +40,7 @@ from drl_data.schedule import (
     to_x0,
 )
 from drl_data.spec import BackboneSpec, NoiseSpec, ResolvedTime, ScheduleSpec
-from drl_data.testing import save_tiny_ddpm
+from drl_data.tiny_models import save_tiny_ddpm
 
 STABLE_DIFFUSION = {
     "beta_start": 0.00085,

@@ -29,7 +29,7 @@ from drl_data.spec import (
     ScheduleSpec,
     TapSpec,
 )
-from drl_data.testing import save_tiny_edm
+from drl_data.tiny_models import save_tiny_edm
 
 
 def test_the_ladder_of_18_steps_is_the_published_one() -> None:

@@ -13,7 +13,7 @@ from drl_data.backbones.loader import load_flow_schedule, load_schedule
 from drl_data.errors import SpecError
 from drl_data.schedule_flow import FlowSchedule
 from drl_data.spec import BackboneSpec, NoiseSpec, ScheduleSpec
-from drl_data.testing import save_tiny_ddpm, save_tiny_flux, save_tiny_sd3
+from drl_data.tiny_models import save_tiny_ddpm, save_tiny_flux, save_tiny_sd3
 
 
 @pytest.fixture(scope="session")

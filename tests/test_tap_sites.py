@@ -31,7 +31,7 @@ from drl_data.spec import (
 )
 from drl_data.tap_reducer import TapReducer
 from drl_data.taps import resolve
-from drl_data.testing import save_tiny_ddpm, save_tiny_dit, save_tiny_stable_diffusion
+from drl_data.tiny_models import save_tiny_ddpm, save_tiny_dit, save_tiny_stable_diffusion
 
 Forward = Callable[[], object]
 

@@ -25,7 +25,8 @@ from drl_data.plan import estimate
 from drl_data.runs import extract
 from drl_data.spec import CropViews, ImageSpec, Pipeline
 from drl_data.store import FeatureStore
-from drl_data.testing import save_tiny_ddpm, write_photo_tars
+from drl_data.testing import write_photo_tars
+from drl_data.tiny_models import save_tiny_ddpm
 from drl_data.views import crop_box, seeded_crop
 
 from .stores import RUN, invalid_row, make_array, make_store, reference

@@ -24,7 +24,8 @@ from drl_data.runs import extract, prepare
 from drl_data.spec import Pipeline
 from drl_data.store import FeatureStore
 from drl_data.tap_sites import Modules, Place
-from drl_data.testing import save_tiny_dit, save_tiny_stable_diffusion, write_photo_tars
+from drl_data.testing import write_photo_tars
+from drl_data.tiny_models import save_tiny_dit, save_tiny_stable_diffusion
 
 N_SAMPLES = 12
 TIMES = (0, 300)

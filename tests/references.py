@@ -1,0 +1,135 @@
+"""What the straight-line references of recipes share.
+
+A reference computes a recipe's features with plain diffusers or transformers calls. Of drl_data it
+takes the definition of the random numbers (`draw_normal`, golden-tested) and the photographs, but
+nothing that computes.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from drl_data.noise import draw_normal
+from drl_data.recipes import find_recipe
+from drl_data.rehearse import rehearsal
+from drl_data.runs import extract
+from drl_data.spec import NumericSpec, Pipeline
+from drl_data.store import FeatureStore
+
+N_SAMPLES = 4
+"""One whole batch: references compute the same batch, so that they may ask for equal bits."""
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A sample of a rehearsal."""
+
+    key: str
+    image: Image.Image
+    label: int
+    caption: str
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """A recipe that has been run on its tiny model."""
+
+    pipeline: Pipeline
+    store: FeatureStore
+    model: Path
+    photos: tuple[Photo, ...]
+
+    @property
+    def keys(self) -> list[str]:
+        return [photo.key for photo in self.photos]
+
+    def pixels(self, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Tensor:
+        """Photographs stretched to the pipeline's size (they are square): [4, 3, h, w], -1..1."""
+        height, width = self.pipeline.images.size
+        sized = [p.image.resize((width, height), resample) for p in self.photos]
+        arrays = torch.stack([torch.from_numpy(np.array(image)) for image in sized])
+        return arrays.permute(0, 3, 1, 2).contiguous().float() / 255 * 2 - 1
+
+    def noise(
+        self,
+        shape: tuple[int, ...],
+        *,
+        role: str = "noise",
+        member: int = 0,
+        timestep: object = "all",
+    ) -> Tensor:
+        """The noise of each sample, [4, *shape]."""
+        seed = self.pipeline.noise.seed
+        return torch.stack(
+            [
+                torch.from_numpy(draw_normal(shape, role, seed, "key", key, member, timestep))
+                for key in self.keys
+            ]
+        )
+
+    def features(self, array: str, t: int = 0) -> Tensor:
+        """What the store has: [4, *shape] (with views: of the first one)."""
+        return torch.tensor(self.store.read_unit(array, t, self.store.units[0]))
+
+
+def rehearse(name: str, folder: Path, **changes: object) -> Rehearsed:
+    """Run a recipe on its tiny model and four photographs, stored in float32.
+
+    `changes` are other settings of the whole pipeline, for what the recipe itself leaves open.
+    """
+    recipe = Pipeline.load(find_recipe(name))
+    pipeline = rehearsal(recipe, folder, n_samples=N_SAMPLES)
+    numeric = pipeline.features.model_dump() | {"dtype": "float32"}
+    pipeline = pipeline.model_copy(update={"features": NumericSpec(**numeric), **changes})
+    summary = extract(pipeline)
+    assert not summary.failed, summary.failed
+    assert summary.n_ok == N_SAMPLES
+    photos = [photo for tar in sorted(folder.glob("photos/*.tar")) for photo in _photos(tar)]
+    return Rehearsed(pipeline, summary.store, folder / "model", tuple(photos))
+
+
+def _photos(path: Path) -> list[Photo]:
+    with tarfile.open(path) as tar:
+        members = {m.name: tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
+    keys = dict.fromkeys(name.split(".")[0] for name in members)
+    return [
+        Photo(
+            key,
+            Image.open(io.BytesIO(members[f"{key}.jpg"])).convert("RGB"),
+            int(members[f"{key}.cls"]),
+            members[f"{key}.txt"].decode(),
+        )
+        for key in keys
+    ]
+
+
+def hooked(network: nn.Module, *paths: str) -> dict[str, object]:
+    """Outputs of modules, filled by each forward."""
+    kept: dict[str, object] = {}
+    for path in paths:
+        network.get_submodule(path).register_forward_hook(
+            lambda _m, _args, out, path=path: kept.update({path: out})
+        )
+    return kept
+
+
+def hooked_inputs(network: nn.Module, *paths: str) -> dict[str, Mapping[object, object]]:
+    """Arguments of modules by position and by name, filled by each forward."""
+    kept: dict[str, Mapping[object, object]] = {}
+    for path in paths:
+        network.get_submodule(path).register_forward_pre_hook(
+            lambda _m, args, kwargs, path=path: kept.update(
+                {path: {**dict(enumerate(args)), **kwargs}}
+            ),
+            with_kwargs=True,
+        )
+    return kept
