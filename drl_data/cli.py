@@ -138,6 +138,7 @@ def index(
 @app.command()
 def plan(file: PipelineFile, tars: OverrideTars = None, store: OverrideStore = None) -> None:
     """Shapes, bytes and objects of a run, before it starts."""
+    from drl_data.flops import count_forwards
     from drl_data.plan import estimate
     from drl_data.runs import prepare
 
@@ -164,10 +165,13 @@ def plan(file: PipelineFile, tars: OverrideTars = None, store: OverrideStore = N
             soft_wrap=True,
         )
     flops = prepared.flops(pipeline.condition)
-    n_forwards = len(prepared.times) * spec.noise.members
+    n_views, forwards = max(spec.images.n_views, 1), count_forwards(spec)
+    views = f"{n_views} views, each " if n_views > 1 else ""
+    whole = f"{forwards.whole} whole forwards + " if forwards.whole else ""
     out.print(
-        f"{format_flops(flops.per_image(n_forwards))} per image: {format_flops(flops.encode)} to "
-        f"encode + {n_forwards} forwards of {format_flops(flops.cut)}, cut after the last tap "
+        f"{format_flops(flops.per_image(forwards, n_views))} per image: {views}"
+        f"{format_flops(flops.encode)} to encode + {whole}{forwards.cut} forwards of "
+        f"{format_flops(flops.cut)}, cut after the last tap "
         f"(whole: {format_flops(flops.whole)}; saved: {flops.saving:.0%})",
         soft_wrap=True,
     )

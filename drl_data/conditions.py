@@ -60,7 +60,7 @@ def extremes(spec: ConditionSpec, index: SampleIndex) -> list[ConditionSpec]:
         SpecError: if no sample has what the spec needs.
     """
     if not spec.per_sample:
-        return [spec]
+        return list(spec.of_candidates())
     labels = pc.min_max(index.table.column("label")).as_py()
     captions = index.table.column("caption").drop_null().slice(0, 1).to_pylist()
     caption = captions[0] if captions else None
@@ -109,7 +109,17 @@ class SampleConditions:
         self._used_bytes = 0
         self._n_distinct = _n_distinct(spec, index) if spec.per_sample else 1
         self.constant = Conditioning()
-        if spec.per_sample:
+        self.candidates: tuple[Conditioning, ...] = ()
+        """Of `spec.candidates`, each [1, ...], on the host."""
+        if spec.candidates:
+            if backbone.text is not None:
+                backbone.text.run_on(backbone.device)
+            self.candidates = tuple(
+                backbone.conditioning(one).to(torch.device("cpu")) for one in spec.of_candidates()
+            )
+            self.constant = self.candidates[0].to(backbone.device)
+            self._release()
+        elif spec.per_sample:
             if backbone.text is not None:
                 backbone.text.run_on(backbone.device)
         else:

@@ -33,7 +33,14 @@ from drl_data.flops import FeatureFlops
 from drl_data.images import ImageBatch, read_batches
 from drl_data.noise import noise_shape
 from drl_data.plan import InvalidRow, Unit
-from drl_data.quantise import DamageMeter, companions, from_storage, storage_buffer, to_storage
+from drl_data.quantise import (
+    COMPANIONS,
+    DamageMeter,
+    companions,
+    from_storage,
+    storage_buffer,
+    to_storage,
+)
 from drl_data.receipts import Damage, Receipt, RunRecord, UnitCounts
 from drl_data.schedule import NoSchedule, resolve_times
 from drl_data.spec import (
@@ -47,6 +54,7 @@ from drl_data.spec import (
     file_digest,
 )
 from drl_data.store import FeatureStore
+from drl_data.tap_sites import LOSS
 from drl_data.taps import ResolvedTap
 
 RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "numpy", "pillow", "drl-data")
@@ -238,7 +246,12 @@ def make_task(
     loaded = load_backbone(model, device)
     conditions = SampleConditions(loaded, condition, store.index)
     computer = FeatureComputer(
-        loaded, _frozen_taps(loaded, store), conditions.constant, store.times, store.spec
+        loaded,
+        _frozen_taps(loaded, store),
+        conditions.constant,
+        store.times,
+        store.spec,
+        candidates=conditions.candidates,
     )
     on_cpu = loaded.device.type == "cpu"
     if on_cpu:
@@ -271,9 +284,50 @@ def resolve_features(
     _check_corruption(backbone, spec)
     for condition in conditions[1:]:
         backbone.conditioning(condition)
-    found = backbone.arrays(taps, spec.images, conditions[0], times[0], spec.dtype)
+    check_losses(taps, spec)
+    inside = [tap for tap in taps if tap.site != LOSS]
+    made = {
+        array.name: array
+        for array in backbone.arrays(inside, spec.images, conditions[0], times[0], spec.dtype)
+    }
+    found = [made.get(tap.name) or loss_array(tap, spec) for tap in taps]
     arrays = [array.model_copy(update={"views": spec.images.n_views}) for array in found]
     return tuple(part for array in arrays for part in (array, *companions(array))), times
+
+
+def check_losses(taps: Sequence[ResolvedTap], spec: FeatureSpec) -> None:
+    """Raise SpecError unless the taps `loss` and the candidates go together, and with the noise."""
+    losses = [tap for tap in taps if tap.site == LOSS]
+    if not losses and spec.condition.candidates:
+        raise SpecError(
+            "condition.candidates: they are for the tap `loss`; add it, or tell a prompt"
+        )
+    if not losses:
+        return
+    if not spec.condition.candidates:
+        raise SpecError("tap loss: it scores images against condition.candidates; name them")
+    if len(losses) < len(taps):
+        raise SpecError(
+            "tap loss: other taps are told one condition, and this has several; give them a "
+            "pipeline of their own"
+        )
+    if spec.noise.kind in ("none", "patch_mask", "inversion"):
+        raise SpecError(f"tap loss: noise.kind {spec.noise.kind} adds no noise to be predicted")
+    if spec.dtype in COMPANIONS:
+        raise SpecError(f"tap loss: features.dtype {spec.dtype} is for channels; want float32")
+    if any(tap.reduce for tap in losses):
+        raise SpecError("tap loss: it has no reductions; reduce the table when it is read")
+
+
+def loss_array(tap: ResolvedTap, spec: FeatureSpec) -> ArraySpec:
+    """The table of a tap `loss`: [candidate, member] for each row and timestep."""
+    return ArraySpec(
+        name=tap.name,
+        tap=tap.address,
+        dims=("candidate", "member"),
+        shape=(len(spec.condition.candidates), spec.noise.members),
+        dtype=spec.dtype,
+    )
 
 
 def count_feature_flops(model: Model, spec: FeatureSpec, condition: ConditionSpec) -> FeatureFlops:

@@ -6,7 +6,7 @@ Shapes: b batch, c channel, h w height and width, t timestep.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Protocol
@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from drl_data.backbones import Backbone, Conditioning
@@ -21,6 +22,7 @@ from drl_data.noise import batch_noise
 from drl_data.schedule import NoiseSchedule, corrupt, ddim_step, inversion_times, mask_patches
 from drl_data.spec import FeatureSpec, NoiseSpec, ResolvedTime
 from drl_data.tap_reducer import Fits, TapReducer
+from drl_data.tap_sites import LOSS
 from drl_data.taps import ResolvedTap
 
 
@@ -50,10 +52,12 @@ class FeatureComputer:
         times: Sequence[ResolvedTime],
         spec: FeatureSpec,
         fits: Fits | None = None,
+        candidates: Sequence[Conditioning] = (),
     ) -> None:
         self.backbone = backbone
         self.taps = tuple(taps)
         self._fits = fits
+        self._candidates = tuple(candidates)
         self.dims: dict[str, tuple[str, ...]] = {}
         """Names of the axes of each array that `compute` has given."""
         self._conditioning = conditioning
@@ -130,6 +134,7 @@ class FeatureComputer:
                     for x, eps in zip(latents, noise, strict=True)
                 ]
                 features = self._features_at(t, noisy, told, reducer)
+                features |= self._errors_at(when, latents, noise, noisy)
             yield t, features
 
     def _inverted(
@@ -219,6 +224,43 @@ class FeatureComputer:
     ) -> dict[str, Tensor]:
         """Features of one timestep: the mean over members in float32, then the reductions."""
         reducer.start(t, len(noisy))
+        if not reducer.denoiser:
+            return {}
         for x in noisy:
             self.backbone.tap(x, self._times[t], told, reducer.denoiser, reducer.take)
         return reducer.finish()
+
+    def _errors_at(
+        self,
+        when: ResolvedTime,
+        latents: Sequence[Tensor],
+        noise: Sequence[Tensor | None],
+        noisy: Sequence[Tensor],
+    ) -> dict[str, Tensor]:
+        """{array of a tap `loss`: error of the prediction [b, candidate, member]}, float32, its
+        mean over the image (Li et al. 2023, eq. 5, without the mean over noise)."""
+        taps = [tap for tap in self.taps if tap.site == LOSS]
+        found: dict[str, list[Tensor]] = {tap.name: [] for tap in taps}
+        for candidate in self._candidates if taps else ():
+            told = candidate.to(self.backbone.device)
+            for clean, eps, x in zip(latents, noise, noisy, strict=True):
+                assert eps is not None, "a loss needs noise, `check_losses` demands it"
+                output, _ = self.backbone.denoise(x, when, told, (), _nothing)
+                target = self.backbone.schedule.target(clean, eps, when)
+                for tap in taps:
+                    errors = LOSSES[tap.parts](output.float(), target.float(), reduction="none")
+                    found[tap.name].append(errors.flatten(1).mean(1))
+        shape = (len(self._candidates), len(latents))
+        return {name: torch.stack(x, dim=1).reshape(-1, *shape) for name, x in found.items()}
+
+
+LOSSES: Mapping[tuple[str, ...], Callable[..., Tensor]] = {
+    (): F.mse_loss,
+    ("l1",): F.l1_loss,
+    ("huber",): F.huber_loss,
+}
+"""By the parts of a tap `loss`; Huber's has delta 1."""
+
+
+def _nothing(_tap: ResolvedTap, x: Tensor, _dims: tuple[str, ...]) -> Tensor:
+    return x

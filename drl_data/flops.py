@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from drl_data.spec import FeatureSpec
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,25 @@ class FeatureFlops:
         """Share of the forward that ending at the last tap leaves out, 0..1."""
         return 1 - self.cut / self.whole if self.whole else 0.0
 
-    def per_image(self, n_forwards: int) -> int:
-        """FLOPs for `n_forwards` cut forwards (timesteps times members) and one encoding."""
-        return self.encode + n_forwards * self.cut
+    def per_image(self, forwards: Forwards, n_views: int = 1) -> int:
+        """FLOPs for one encoding and the forwards of each view."""
+        return n_views * (self.encode + forwards.cut * self.cut + forwards.whole * self.whole)
+
+
+class Forwards(NamedTuple):
+    """Forwards for one view of an image: those that end at the last tap, and whole ones."""
+
+    cut: int
+    whole: int = 0
+
+
+def count_forwards(spec: FeatureSpec) -> Forwards:
+    """Timesteps x members x candidates; of an inversion, every step down to the deepest label."""
+    if spec.noise.kind == "inversion":
+        assert spec.schedule.n_steps is not None, "the convention of an inversion demands it"
+        return Forwards(1, spec.schedule.n_steps - int(min(spec.schedule.timesteps)) - 1)
+    n_candidates = max(len(spec.condition.candidates), 1)
+    return Forwards(len(spec.schedule.timesteps) * spec.noise.members * n_candidates)
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ class PooledFeatures:
 
 def _n_pooled(array: ArraySpec, pool: int) -> int:
     """Numbers that are left of one row."""
-    n_channels = array.shape[array.dims.index("channel")]
+    n_channels = array.shape[array.channel_axis]
     sides = [side for side, name in zip(array.shape, array.dims, strict=True) if name in SPACE]
     return n_channels * math.prod(min(side, pool) for side in sides)
 

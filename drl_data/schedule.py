@@ -77,6 +77,13 @@ class Schedule(Protocol):
             TapError: this model predicts nothing.
         """
 
+    def target(self, clean: Tensor, noise: Tensor, time: ResolvedTime) -> Tensor:
+        """What the network was trained to put out for alpha clean + sigma noise.
+
+        Raises:
+            TapError: this model predicts nothing.
+        """
+
 
 def require_convention(spec: ScheduleSpec, kind: str, *conventions: str) -> None:
     """Raise SpecError if a schedule is asked in a convention that is not its own."""
@@ -102,6 +109,10 @@ class NoSchedule:
     def predicted(self, what: str, output: Tensor, x: Tensor, time: ResolvedTime) -> Tensor:
         """Refused: there is no noise to predict."""
         raise TapError(f"tap {what}: this model is no denoiser, it predicts nothing")
+
+    def target(self, clean: Tensor, noise: Tensor, time: ResolvedTime) -> Tensor:
+        """Refused: there is no noise to predict."""
+        raise TapError("tap loss: this model is no denoiser, it predicts nothing")
 
 
 @dataclass(frozen=True)
@@ -139,6 +150,14 @@ class NoiseSchedule:
     def predicted(self, what: str, output: Tensor, x: Tensor, time: ResolvedTime) -> Tensor:
         """The network's `output` for x_t as x0, eps or v; all [b, c, h, w]."""
         return convert(what, output, x, time, self.prediction)
+
+    def target(self, clean: Tensor, noise: Tensor, time: ResolvedTime) -> Tensor:
+        """The noise, the clean input, or v, as `prediction` says."""
+        if self.prediction == "epsilon":
+            return noise
+        if self.prediction == "sample":
+            return clean
+        return time.alpha * noise - time.sigma * clean
 
     def sampler(self, spec: ScheduleSpec) -> Sampler:
         """The scheduler whose steps the spec counts.

@@ -100,6 +100,12 @@ class EDMSchedule:
         clean = c.c_skip * x / time.alpha + c.c_out * output
         return convert(what, clean, x, time, "sample")
 
+    def target(self, clean: Tensor, noise: Tensor, time: ResolvedTime) -> Tensor:
+        """F's target (x_0 - c_skip x) / c_out, of unit variance at every level (eq. 8)."""
+        sigma = time.sigma / time.alpha
+        c = precondition(sigma, self.sigma_data)
+        return (clean - c.c_skip * (clean + sigma * noise)) / c.c_out
+
     def _resolved(self, requested: float, convention: str, sigma: float) -> ResolvedTime:
         c = precondition(sigma, self.sigma_data)
         return ResolvedTime(

@@ -55,6 +55,10 @@ class FlowSchedule:
         """The velocity v = eps - x_0 that the network puts out, as x0, eps or v."""
         return output if what == "v" else convert(what, output, x, time, "flow_prediction")
 
+    def target(self, clean: Tensor, noise: Tensor, time: ResolvedTime) -> Tensor:
+        """The velocity eps - x_0."""
+        return noise - clean
+
     def _steps(self, spec: ScheduleSpec, field: str, values: Sequence[float]) -> list[Step]:
         if spec.convention == "none":
             return [self._at(0) for _ in values]

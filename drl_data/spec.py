@@ -252,6 +252,12 @@ class LatentSpec(Spec):
     """A draw from the posterior for each member of the noise; `false`: one for all (SD4Match)."""
 
 
+def _all_classes(value: object) -> object:
+    if isinstance(value, Mapping) and set(value) == {"classes"}:
+        return tuple(range(int(value["classes"])))
+    return _as_tuple(value)
+
+
 class ConditionSpec(Spec):
     """What the denoiser is told about the image besides the time.
 
@@ -266,6 +272,9 @@ class ConditionSpec(Spec):
 
     A sample without the label or the caption that this needs is an invalid row: features told
     something else would look like the others and not be.
+
+    `candidates` are what every image is scored against by the tap `loss`: prompts, or what stands
+    for `{label}` in `template`; or classes, of which `{classes: N}` means 0 .. N-1.
     """
 
     prompt: str = ""
@@ -275,6 +284,8 @@ class ConditionSpec(Spec):
     class_label: int | Literal["null", "label"] = "null"
     guidance: float = 3.5
     """Guidance scale that guidance-distilled models are told (Flux-dev); others ignore it."""
+    candidates: Annotated[tuple[str | int, ...], BeforeValidator(_all_classes)] = ()
+    """One forward of the whole network for each of them, timestep and member."""
 
     @model_validator(mode="after")
     def _one_text(self) -> ConditionSpec:
@@ -289,9 +300,37 @@ class ConditionSpec(Spec):
             raise ValueError(f"template {self.template!r} has no {{label}}; write it as prompt")
         return self
 
+    @model_validator(mode="after")
+    def _candidates_alone(self) -> ConditionSpec:
+        if not self.candidates:
+            return self
+        if self.prompt or self.caption or self.prompt_embeddings or self.class_label != "null":
+            raise ValueError("candidates: leave out prompt, caption, embeddings and class_label")
+        if len(set(self.candidates)) != len(self.candidates):
+            raise ValueError("candidates: want none twice")
+        if len({type(candidate) for candidate in self.candidates}) > 1:
+            raise ValueError("candidates: want all prompts or all classes")
+        return self
+
+    def of_candidates(self) -> tuple[ConditionSpec, ...]:
+        """The condition of each candidate; this one alone if there is none."""
+        if not self.candidates:
+            return (self,)
+        alone = self.model_copy(update={"candidates": (), "template": None})
+        return tuple(
+            alone.model_copy(update={"class_label": candidate})
+            if isinstance(candidate, int)
+            else alone.model_copy(
+                update={"prompt": (self.template or "{label}").replace("{label}", candidate)}
+            )
+            for candidate in self.candidates
+        )
+
     @property
     def needs_label(self) -> bool:
         """Whether it differs between samples by their labels."""
+        if self.candidates:
+            return False
         return self.template is not None or self.class_label == "label"
 
     @property
@@ -523,8 +562,8 @@ class ArraySpec(Spec):
     """One feature array: name, the tap that it comes from, and the shape of one row.
 
     `dims` names the axes of `shape`: ("channel", "height", "width"), ("token", "channel") or
-    ("channel",), or those with "head" in front. In the store the axes ("sample", "timestep") come
-    before them.
+    ("channel",), or those with "head" in front; ("candidate", "member") of a table of losses. In
+    the store the axes ("sample", "timestep") come before them.
     """
 
     name: str
@@ -540,6 +579,20 @@ class ArraySpec(Spec):
     """The integer array that these are the scales or offsets of."""
     views: int = 0
     """Length of the axis `view`, which comes after `sample`; 0 without one."""
+
+    @property
+    def channel_axis(self) -> int:
+        """Position of "channel" among `dims`.
+
+        Raises:
+            SpecError: if this is a table without channels.
+        """
+        if "channel" not in self.dims:
+            raise SpecError(
+                f"array {self.name!r} has the axes {', '.join(self.dims)} and no channel: it is a "
+                "table, not features; read it with drl_data.datasets or zarr"
+            )
+        return self.dims.index("channel")
 
     def n_times(self, n_timesteps: int) -> int:
         """Length of the array's time axis in a store of `n_timesteps`."""

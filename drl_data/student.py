@@ -99,7 +99,7 @@ class TeacherHead(nn.Module):
         self._grid = _grid(array)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.linear = nn.Conv2d(n_channels, array.shape[array.dims.index("channel")], 1)
+            self.linear = nn.Conv2d(n_channels, array.shape[array.channel_axis], 1)
 
     def forward(self, features: Tensor) -> Tensor:
         """[b, c, h, w] to the teacher's [b, c, h, w]; h = w = 1 for a vector."""

@@ -13,6 +13,7 @@ from typing import Literal
 from torch import Tensor
 
 from drl_data.reduce import TIME_MEAN, Context, Pca, pca_of, reduce
+from drl_data.tap_sites import LOSS
 from drl_data.taps import VAE, ResolvedTap
 
 Fits = Mapping[str, Sequence[Pca]]
@@ -55,7 +56,8 @@ class TapReducer:
     @property
     def denoiser(self) -> list[ResolvedTap]:
         """Taps that differ between timesteps, and the modulations that their reductions need."""
-        return [*(tap for tap in self.taps if not tap.is_timeless), *self._helpers.values()]
+        inside = [tap for tap in self.taps if not tap.is_timeless and tap.site != LOSS]
+        return [*inside, *self._helpers.values()]
 
     def start(self, time_index: int, n_members: int) -> None:
         """Begin a timestep, of which `n_members` forwards follow."""

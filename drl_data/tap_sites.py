@@ -19,7 +19,10 @@ PLACES = ("out", "in", "attn.probs", "modulation")
 PREDICTIONS = ("x0", "eps", "v")
 """What the network's output can be read as (schedule.py)."""
 
-MODEL_SITES = ("latent", *PREDICTIONS)
+LOSS = "loss"
+"""The denoising loss of each candidate condition (Li et al. 2023)."""
+
+MODEL_SITES = ("latent", *PREDICTIONS, LOSS)
 """Sites of the whole model, not of a module."""
 
 

@@ -5,7 +5,7 @@
               `vae.` before a path is the VAE, `vae.enc[i]` and `vae.dec[i]` its i-th block
     site    = "out" (default) | "in" | pre_residual | pre_concat | skip | adaln | ff.in
               | attn.q | attn.k | attn.v | attn.out | attn.probs          (tap_sites.py)
-    model site = latent | x0 | eps | v
+    model site = latent | x0 | eps | v | loss
     part    = position in the tuple that the module returns, or is called with
               | image | text                       tokens of one stream of a joint transformer
               | patches | cls | prefix             of an encoder: its image, class token, and all
@@ -13,6 +13,7 @@
               | heads[0,3] | channels[0:320]       of an attention; of anything
               | shift | scale | gate ...           of adaln
               | noisy | moments                    of latent
+              | l1 | huber                         of loss, which otherwise is the squared error
 
 Examples: `mid_block`, `up_blocks.*.resnets.*@pre_residual`, `up_blocks.1.resnets.2@in`,
 `transformer_blocks.9.attn@attn.probs.image.text`, `**.attn1@attn.k.heads[0,3]`, `latent.moments`.
@@ -23,6 +24,9 @@ Names of other projects are taps too: `cleandift:us6`, `ldm:output_blocks.4` (ta
 posterior's mean and std before any scaling; `x0 eps v` are the network's output as that
 prediction, v being alpha eps - sigma x0, of a flow eps - x0. A site that stands for another
 module is resolved to it, and the store records that.
+
+`loss` is the mean over the image of the squared error of the network's prediction, for each of
+`condition.candidates` and each member: a table [candidate, member] for each image and timestep.
 """
 
 from __future__ import annotations
@@ -38,7 +42,7 @@ from drl_data.errors import TapError
 from drl_data.reduce import at_source
 from drl_data.spec import TapSpec
 from drl_data.tap_names import OF_THE_FIRST, translated
-from drl_data.tap_sites import MODEL_SITES, MODULATION_PARTS, SITES, Modules, Place, expand
+from drl_data.tap_sites import LOSS, MODEL_SITES, MODULATION_PARTS, SITES, Modules, Place, expand
 
 VAE = "vae."
 
@@ -77,7 +81,7 @@ class ResolvedTap:
 
 
 _PART = (
-    r"image|text|patches|cls|prefix|noisy|moments|heads\[\d+(?:,\d+)*\]"
+    r"image|text|patches|cls|prefix|noisy|moments|l1|huber|heads\[\d+(?:,\d+)*\]"
     r"|channels\[\d+:\d+(?:,\d+:\d+)*\]|" + "|".join(sorted(MODULATION_PARTS, reverse=True))
 )
 _SITE = "|".join(map(re.escape, sorted({*SITES, *MODEL_SITES}, key=len, reverse=True)))
@@ -85,6 +89,7 @@ _TAP = re.compile(
     rf"(?P<pattern>[^@\s]*)(?:@(?P<site>{_SITE})(?:\.(?P<index>\d+))?(?P<parts>(?:\.(?:{_PART}))*))?"
 )
 _BARE = re.compile(rf"(?P<site>{'|'.join(MODEL_SITES)})(?P<parts>(?:\.(?:{_PART}))*)")
+_MODEL_PARTS = {"latent": ("noisy", "moments"), LOSS: ("l1", "huber")}
 _VAE_BLOCK = re.compile(r"vae\.(enc|dec)\[([\d*?]+)\]")
 
 
@@ -190,8 +195,9 @@ def _check_name(spec: TapSpec, matches: Sequence[str]) -> None:
 def _resolve_one(spec: TapSpec, modules: Modules) -> list[ResolvedTap]:
     pattern, site, parts = parse(spec.path)
     if site in MODEL_SITES:
-        if parts and (site != "latent" or parts not in (("noisy",), ("moments",))):
-            has = "has the parts noisy or moments" if site == "latent" else "has no parts"
+        own = _MODEL_PARTS.get(site, ())
+        if parts and (len(parts) > 1 or parts[0] not in own):
+            has = f"has the parts {' or '.join(own)}" if own else "has no parts"
             raise TapError(f"tap {spec.path}: the site {site} {has}")
         name = spec.name or ".".join((site, *parts))
         return [ResolvedTap(name, "", site, parts, spec.reduce)]

@@ -14,7 +14,7 @@ from drl_data.backbones import find_model, load_backbone
 from drl_data.backbones.backbone import CLEAN
 from drl_data.backbones.inventory import tappable_modules
 from drl_data.capture import image_output
-from drl_data.flops import FeatureFlops, count_flops, trace
+from drl_data.flops import FeatureFlops, Forwards, count_flops, trace
 from drl_data.spec import BackboneSpec, ConditionSpec, ImageSpec, TapSpec
 from drl_data.tiny_models import save_tiny_ddpm, save_tiny_stable_diffusion
 
@@ -69,7 +69,8 @@ def test_a_module_that_is_called_twice_counts_to_the_end_of_its_first_call() -> 
 def test_savings_and_sums() -> None:
     flops = FeatureFlops(whole=100, cut=55, encode=30)
     assert flops.saving == pytest.approx(0.45)
-    assert flops.per_image(3) == 30 + 3 * 55
+    assert flops.per_image(Forwards(3)) == 30 + 3 * 55
+    assert flops.per_image(Forwards(1, 4), 2) == 2 * (30 + 55 + 4 * 100)
 
 
 @pytest.mark.parametrize("make", [save_tiny_ddpm, save_tiny_stable_diffusion])

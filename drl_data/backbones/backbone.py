@@ -32,7 +32,7 @@ from drl_data.spec import (
     TapSpec,
 )
 from drl_data.tap_reducer import TapReducer, timesteps_of
-from drl_data.tap_sites import PREDICTIONS
+from drl_data.tap_sites import LOSS, PREDICTIONS
 from drl_data.taps import VAE, ResolvedTap, expand_aliases, resolve
 
 if TYPE_CHECKING:
@@ -387,6 +387,7 @@ class Backbone(ABC):
         )
 
         reducer = TapReducer(taps)
+        scores = any(tap.site == LOSS for tap in taps)
 
         def ignored(_tap: ResolvedTap, tensor: Tensor, _dims: tuple[str, ...]) -> Tensor:
             return tensor
@@ -403,7 +404,7 @@ class Backbone(ABC):
         with torch.no_grad():
             return FeatureFlops(
                 whole=count_flops(forward(stop_early=False)),
-                cut=count_flops(forward(stop_early=True)),
+                cut=count_flops(forward(stop_early=not scores)),
                 encode=count_flops(encode),
             )
 

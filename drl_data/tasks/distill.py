@@ -294,7 +294,7 @@ class Pairs:
         row_bytes = 4 * math.prod(array.shape) + images.n_channels * math.prod(images.size)
         keep = self.n_rows * row_bytes <= CACHE_BYTES
         held: list[tuple[Tensor, Tensor]] = []
-        sums = torch.zeros(array.shape[array.dims.index("channel")], 2, dtype=torch.float64)
+        sums = torch.zeros(array.shape[array.channel_axis], 2, dtype=torch.float64)
         n = 0
         for batch in first:
             x = self._target(batch)

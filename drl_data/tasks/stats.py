@@ -136,7 +136,7 @@ def vectors(features: Tensor, array: ArraySpec, spec: StatsSpec) -> Tensor:
     """Features [b, *shape] as what is averaged: [b positions, c], or whole rows [b, entries]."""
     if spec.over == "samples":
         return features.flatten(1)
-    return features.movedim(array.dims.index("channel") + 1, -1).flatten(0, -2)
+    return features.movedim(array.channel_axis + 1, -1).flatten(0, -2)
 
 
 def _blocks(store: FeatureStore, array: ArraySpec, rows: Rows) -> list[Rows]:
@@ -159,7 +159,7 @@ def _described(
         tensors[f"{key}.covariance"] = moments.covariance
     square = moments.mean.square() + variance
     if spec.over == "samples":
-        axis = array.dims.index("channel")
+        axis = array.channel_axis
         square = square.reshape(own).movedim(axis, 0).reshape(own[axis], -1).mean(1)
     median = float(square.median())
     cell = StatsCell(
