@@ -24,6 +24,8 @@ from drl_data.errors import DrlDataError, SpecError, UserError
 from drl_data.spec import Pipeline, StoreSpec
 
 if TYPE_CHECKING:
+    from drl_data.runs import Prepared, RunSummary
+    from drl_data.spec import ConditionSpec
     from drl_data.store import FeatureStore
 
 S = TypeVar("S")
@@ -138,43 +140,11 @@ def index(
 @app.command()
 def plan(file: PipelineFile, tars: OverrideTars = None, store: OverrideStore = None) -> None:
     """Shapes, bytes and objects of a run, before it starts."""
-    from drl_data.flops import count_forwards
-    from drl_data.plan import estimate
-    from drl_data.runs import prepare
+    from drl_data.runs import prepare_all
 
     pipeline = _load(file, tars, store)
-    prepared = prepare(pipeline, structure_only=True)
-    spec = prepared.spec
-    cost = estimate(prepared.arrays, spec.n_samples, len(prepared.times), spec.rows_per_unit)
-    table = Table("array", "tap", "shape", "dtype", "per sample", "in all", "objects", box=None)
-    for array, one in zip(prepared.arrays, cost.arrays, strict=True):
-        shape = "x".join(map(str, array.shape))
-        sizes = (format_bytes(one.bytes_per_sample), format_bytes(one.bytes_total))
-        table.add_row(array.name, array.tap, shape, array.dtype, *sizes, str(one.n_objects))
-    out.print(table)
-    out.print(
-        f"{spec.n_samples} samples x {len(prepared.times)} timesteps = "
-        f"{format_bytes(cost.bytes_total)} in {cost.n_objects} objects, {cost.n_units} units of "
-        f"{spec.rows_per_unit} rows; fingerprint {spec.fingerprint()}",
-        soft_wrap=True,
-    )
-    if prepared.without_weights:
-        out.print(
-            "planned from the bundled configuration, without weights: theirs will be another "
-            f"fingerprint (the configuration: {prepared.without_weights})",
-            soft_wrap=True,
-        )
-    flops = prepared.flops(pipeline.condition)
-    n_views, forwards = max(spec.images.n_views, 1), count_forwards(spec)
-    views = f"{n_views} views, each " if n_views > 1 else ""
-    whole = f"{forwards.whole} whole forwards + " if forwards.whole else ""
-    out.print(
-        f"{format_flops(flops.per_image(forwards, n_views))} per image: {views}"
-        f"{format_flops(flops.encode)} to encode + {whole}{forwards.cut} forwards of "
-        f"{format_flops(flops.cut)}, cut after the last tap "
-        f"(whole: {format_flops(flops.whole)}; saved: {flops.saving:.0%})",
-        soft_wrap=True,
-    )
+    for prepared in prepare_all(pipeline, structure_only=True):
+        _print_plan(prepared, pipeline.condition)
 
 
 @app.command()
@@ -219,11 +189,11 @@ def try_(
 
     from drl_data.recipes import find_recipe
     from drl_data.rehearse import rehearsal
-    from drl_data.runs import extract as run_extract
+    from drl_data.runs import extract_all
 
     given = Pipeline.load(file if file.exists() or file.suffix else find_recipe(str(file)))
     with tempfile.TemporaryDirectory() as temporary:
-        summary = run_extract(rehearsal(given, folder or Path(temporary)))
+        (summary,) = extract_all(rehearsal(given, folder or Path(temporary)))
         for unit, message in summary.failed:
             err.print(f"[red]unit {unit.id} failed:[/] {escape(message)}", soft_wrap=True)
         table = Table("array", "tap", "axes", "shape", "dtype", "rms", box=None)
@@ -259,7 +229,7 @@ def extract(
 ) -> None:
     """Compute what is pending in a pipeline's store; run it again to resume."""
     from drl_data.progress import console_progress
-    from drl_data.runs import extract as run_extract
+    from drl_data.runs import extract_all
 
     pipeline = _load(file, tars, store)
     given = {
@@ -267,28 +237,15 @@ def extract(
     }  # fmt: skip
     changes = {key: value for key, value in given.items() if value is not None}
     run = type(pipeline.run).model_validate({**pipeline.run.model_dump(), **changes})
-    summary = run_extract(
+    summaries = extract_all(
         pipeline.model_copy(update={"run": run}),
         limit=limit,
         part=_parse_part(units),
         shuffle_seed=shuffle,
         progress=console_progress(),
     )
-    if not summary.n_pending:
-        out.print(f"nothing left to do: {summary.n_units} units done, no backbone was started")
-    else:
-        rate = summary.n_ok / summary.wall_s
-        out.print(
-            f"{summary.n_ok} samples in {summary.wall_s:.1f} s ({rate:.1f}/s), "
-            f"{format_bytes(summary.n_bytes)} to {summary.store.url}",
-            soft_wrap=True,
-        )
-        stages = ", ".join(f"{name} {s:.1f}" for name, s in summary.stage_s.items())
-        out.print(f"seconds by stage, over all threads: {stages}", soft_wrap=True)
-    for unit, message in summary.failed:
-        err.print(f"[red]unit {unit.id} failed:[/] {escape(message)}", soft_wrap=True)
-    n_invalid = _print_invalid(summary.store)
-    raise typer.Exit(1 if summary.failed or n_invalid else 0)
+    incomplete = [summary for summary in summaries if not _print_summary(summary)]
+    raise typer.Exit(1 if incomplete else 0)
 
 
 @app.command()
@@ -408,6 +365,62 @@ def _parse_part(text: str | None) -> tuple[int, int] | None:
     if match is None or int(match[2]) == 0:
         raise SpecError(f"--units {text!r}: want I/N with 0 <= I < N, for example 0/4")
     return int(match[1]), int(match[2])
+
+
+def _print_plan(prepared: Prepared, condition: ConditionSpec) -> None:
+    from drl_data.flops import count_forwards
+    from drl_data.plan import estimate
+
+    spec = prepared.spec
+    height, width = spec.images.size
+    cost = estimate(prepared.arrays, spec.n_samples, len(prepared.times), spec.rows_per_unit)
+    table = Table("array", "tap", "shape", "dtype", "per sample", "in all", "objects", box=None)
+    for array, one in zip(prepared.arrays, cost.arrays, strict=True):
+        shape = "x".join(map(str, array.shape))
+        sizes = (format_bytes(one.bytes_per_sample), format_bytes(one.bytes_total))
+        table.add_row(array.name, array.tap, shape, array.dtype, *sizes, str(one.n_objects))
+    out.print(table)
+    out.print(
+        f"{spec.n_samples} samples of {height}x{width} pixels x {len(prepared.times)} timesteps = "
+        f"{format_bytes(cost.bytes_total)} in {cost.n_objects} objects, {cost.n_units} units of "
+        f"{spec.rows_per_unit} rows; fingerprint {spec.fingerprint()}",
+        soft_wrap=True,
+    )
+    if prepared.without_weights:
+        out.print(
+            "planned from the bundled configuration, without weights: theirs will be another "
+            f"fingerprint (the configuration: {prepared.without_weights})",
+            soft_wrap=True,
+        )
+    flops = prepared.flops(condition)
+    n_views, forwards = max(spec.images.n_views, 1), count_forwards(spec)
+    views = f"{n_views} views, each " if n_views > 1 else ""
+    whole = f"{forwards.whole} whole forwards + " if forwards.whole else ""
+    out.print(
+        f"{format_flops(flops.per_image(forwards, n_views))} per image: {views}"
+        f"{format_flops(flops.encode)} to encode + {whole}{forwards.cut} forwards of "
+        f"{format_flops(flops.cut)}, cut after the last tap "
+        f"(whole: {format_flops(flops.whole)}; saved: {flops.saving:.0%})",
+        soft_wrap=True,
+    )
+
+
+def _print_summary(summary: RunSummary) -> bool:
+    """Say what a run did; whether its store has everything."""
+    if not summary.n_pending:
+        out.print(f"nothing left to do: {summary.n_units} units done, no backbone was started")
+    else:
+        rate = summary.n_ok / summary.wall_s
+        out.print(
+            f"{summary.n_ok} samples in {summary.wall_s:.1f} s ({rate:.1f}/s), "
+            f"{format_bytes(summary.n_bytes)} to {summary.store.url}",
+            soft_wrap=True,
+        )
+        stages = ", ".join(f"{name} {s:.1f}" for name, s in summary.stage_s.items())
+        out.print(f"seconds by stage, over all threads: {stages}", soft_wrap=True)
+    for unit, message in summary.failed:
+        err.print(f"[red]unit {unit.id} failed:[/] {escape(message)}", soft_wrap=True)
+    return not _print_invalid(summary.store) and not summary.failed
 
 
 def _print_invalid(store: FeatureStore) -> int:

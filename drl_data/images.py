@@ -70,6 +70,22 @@ def decode_image(data: Buffer, spec: ImageSpec) -> np.ndarray:
     return _decode(data, spec, lambda image: _as_chw(_fitted(image, spec), spec))
 
 
+def displayed_size(data: Buffer) -> tuple[int, int]:
+    """Height and width of an image as it is shown, from its first bytes; no pixel is decoded.
+
+    Raises:
+        ImageError: at stage `decode`, if these bytes do not say it.
+    """
+    try:
+        image = _open(data)
+        sideways = image.getexif().get(_ORIENTATION_TAG, 1) in range(5, 9)
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:  # a decoder may raise anything on hostile or cut bytes
+        raise ImageError("decode", _one_line(error)) from error
+    return (image.width, image.height) if sideways else (image.height, image.width)
+
+
 def decode_views(data: Buffer, spec: ImageSpec, key: str) -> np.ndarray:
     """Pixels uint8 [view, c, h, w] of the views that the spec names, of one decoded image.
 

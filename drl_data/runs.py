@@ -13,6 +13,7 @@ from functools import partial
 import torch
 
 from drl_data.backbones import Model, ModelFolder, find_model
+from drl_data.buckets import split_into_buckets
 from drl_data.conditions import extremes
 from drl_data.errors import SpecError
 from drl_data.executors import Outcome, run_local, run_ray
@@ -73,19 +74,29 @@ class RunSummary:
     failed: list[tuple[Unit, str]] = field(default_factory=list)
 
 
-def prepare(pipeline: Pipeline, *, structure_only: bool = False) -> Prepared:
+def prepare(
+    pipeline: Pipeline, *, structure_only: bool = False, index: SampleIndex | None = None
+) -> Prepared:
     """Index the tars, read the model's structure, resolve taps, timesteps, shapes and unit size.
 
     No weights are loaded. Where the store exists already its index is reused if the tars have not
     changed, and its arrays if the spec is the same. With `structure_only` a hub id that is not at
     hand is planned from its bundled configuration; the fingerprint is then not that of its weights.
+    `index` has the rows, where they are known already (a bucket's).
 
     Raises:
         UserError: whatever is wrong with the pipeline, its tars or its model.
     """
     backbone, schedule, store_spec = required_sections(pipeline)
+    if pipeline.buckets is not None:
+        raise SpecError(
+            f"pipeline {pipeline.name!r} has buckets, which are a store each; use `extract_all`, "
+            "or `split_into_buckets` and take one"
+        )
     store = FeatureStore.open(store_spec.url) if FeatureStore.exists(store_spec.url) else None
-    if store is not None and is_current(store.index, pipeline.dataset):
+    if index is not None:
+        pass
+    elif store is not None and is_current(store.index, pipeline.dataset):
         index = store.index
     else:
         index = build_index(pipeline.dataset)
@@ -121,6 +132,54 @@ def prepare(pipeline: Pipeline, *, structure_only: bool = False) -> Prepared:
     return Prepared(index, spec, arrays, times, model)
 
 
+def prepare_all(pipeline: Pipeline, *, structure_only: bool = False) -> list[Prepared]:
+    """`prepare`, for each bucket of a pipeline that has buckets.
+
+    Raises:
+        UserError: whatever is wrong with the pipeline, its tars or its model.
+    """
+    return [
+        prepare(part, structure_only=structure_only, index=index)
+        for part, index in _parts(pipeline, SILENT)
+    ]
+
+
+def extract_all(
+    pipeline: Pipeline,
+    *,
+    limit: int | None = None,
+    part: tuple[int, int] | None = None,
+    shuffle_seed: int | None = None,
+    progress: Progress = SILENT,
+) -> list[RunSummary]:
+    """`extract`, for each bucket of a pipeline that has buckets; `limit` and `part` are of each.
+
+    Raises:
+        UserError: whatever is wrong with the pipeline, its tars, its model, or its store.
+        ExecutionError: if no worker is left.
+    """
+    return [
+        extract(
+            one,
+            limit=limit,
+            part=part,
+            shuffle_seed=shuffle_seed,
+            progress=progress,
+            index=index,
+        )
+        for one, index in _parts(pipeline, progress)
+    ]
+
+
+def _parts(pipeline: Pipeline, progress: Progress) -> list[tuple[Pipeline, SampleIndex | None]]:
+    """The pipeline itself, or those of its buckets with their rows."""
+    if pipeline.buckets is None:
+        return [(pipeline, None)]
+    index = build_index(pipeline.dataset)
+    buckets = split_into_buckets(pipeline, index, progress=progress)
+    return [(bucket.pipeline, bucket.index) for bucket in buckets]
+
+
 def extract(
     pipeline: Pipeline,
     *,
@@ -128,17 +187,19 @@ def extract(
     part: tuple[int, int] | None = None,
     shuffle_seed: int | None = None,
     progress: Progress = SILENT,
+    index: SampleIndex | None = None,
 ) -> RunSummary:
     """Compute every pending unit of a pipeline's store, and seal the store when none is left.
 
     `limit` stops after the units that hold the first `limit` rows, `part` (i, n) takes the i-th of
     n parts (from 0), `shuffle_seed` changes the order of the units; none of them changes a byte.
+    `index` has the rows, where they are known already (a bucket's).
 
     Raises:
         UserError: whatever is wrong with the pipeline, its tars, its model, or its store.
         ExecutionError: if no worker is left.
     """
-    prepared = prepare(pipeline)
+    prepared = prepare(pipeline, index=index)
     prepared.model.check_weights()
     _, _, store_spec = required_sections(pipeline)
     store = FeatureStore.create(

@@ -195,6 +195,16 @@ class ImageSpec(Spec):
         return self
 
 
+class BucketSpec(Spec):
+    """Keep each image's aspect: a store for every shape that images have (buckets.py).
+
+    `images.size` is then the longer side; the other one is the nearest multiple of `multiple`.
+    """
+
+    multiple: Annotated[int, Field(ge=1)] = 16
+    """Pixels; what the model's VAE and patches divide by (Flux and SD3: 16)."""
+
+
 class LoraSpec(Spec):
     """A LoRA file (Hu et al. 2021) and the weight that it gets; a plain path has weight 1."""
 
@@ -843,6 +853,7 @@ class Pipeline(Spec):
     """The paper whose system this file reproduces, with its number."""
     dataset: DatasetSpec
     images: ImageSpec
+    buckets: BucketSpec | None = None
     backbone: BackboneSpec | None = None
     latents: LatentSpec = LatentSpec()
     condition: ConditionSpec = ConditionSpec()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from drl_data.noise import draw_normal
 from drl_data.recipes import find_recipe
 from drl_data.rehearse import rehearsal
-from drl_data.runs import extract
+from drl_data.runs import extract_all
 from drl_data.spec import NumericSpec, Pipeline
 from drl_data.store import FeatureStore
 
@@ -90,7 +90,7 @@ def rehearse(name: str, folder: Path, **changes: object) -> Rehearsed:
     pipeline = rehearsal(recipe, folder, n_samples=N_SAMPLES)
     numeric = pipeline.features.model_dump() | {"dtype": "float32"}
     pipeline = pipeline.model_copy(update={"features": NumericSpec(**numeric), **changes})
-    summary = extract(pipeline)
+    (summary,) = extract_all(pipeline)
     assert not summary.failed, summary.failed
     assert summary.n_ok == N_SAMPLES
     photos = [photo for tar in sorted(folder.glob("photos/*.tar")) for photo in _photos(tar)]

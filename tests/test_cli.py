@@ -93,7 +93,9 @@ def test_plan_says_what_will_be_written(drl: Drl, photos: Path, model: Path) -> 
     # 32 channels of 8 x 8 in float16 at two timesteps
     assert "32x8x8" in out
     assert "8.19 KB" in out
-    assert "9 samples x 2 timesteps = 73.7 KB in 20 objects, 5 units of 2 rows" in out
+    assert (
+        "9 samples of 16x16 pixels x 2 timesteps = 73.7 KB in 20 objects, 5 units of 2 rows" in out
+    )
     assert not (photos / "f.zarr").exists()
 
 
