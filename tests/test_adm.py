@@ -212,6 +212,10 @@ def test_aliases_are_recorded_as_the_modules_that_they_are() -> None:
         ("middle_block-in", "mid_block.resnets.0@in"),
         ("input_blocks.3", "down_blocks.0.downsamplers.0@out"),
     ]
+    assert addresses("output_blocks.4@pre_residual", "output_blocks.5@pre_concat") == [
+        ("output_blocks.4-pre_residual", "up_blocks.1.resnets.1.conv2@out"),
+        ("output_blocks.5-pre_concat", "up_blocks.1.resnets.2@in.channels[0:1024]"),
+    ]
     names = [name for name, _ in addresses("output_blocks.*")]
     assert names == [f"output_blocks.{i}" for i in range(18)]
     (tap,) = backbone.resolve([TapSpec(path="output_blocks.4", name="gd", reduce=("mean",))])

@@ -357,6 +357,50 @@ def test_inversion_is_one_pass_that_ends_at_the_last_tap_of_the_deepest_label(
     assert (len(begun), len(ended), len(encoded)) == (8, 7, 1)  # label 2 is the eighth step of 10
 
 
+@torch.no_grad()
+def test_a_mean_over_an_inversion_is_of_all_its_labels(
+    photos: Path, sd: Path, tmp_path: Path
+) -> None:
+    """Its timesteps come in another order than the spec's, and the last to come is not the last."""
+    store = extract(
+        inverting(
+            photos,
+            sd,
+            tmp_path / "s",
+            "current",
+            taps=[{"path": TAP}, {"path": TAP, "name": "mean", "reduce": "time_mean"}],
+        )
+    ).store
+    each = np.stack(
+        [np.concatenate([store.read_unit(TAP, t, unit) for unit in store.units]) for t in range(3)]
+    )
+    mean = np.concatenate([store.read_unit("mean", 0, unit) for unit in store.units])
+    np.testing.assert_allclose(mean, each.mean(0), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_predictions_along_an_inversion(photos: Path, sd: Path, tmp_path: Path) -> None:
+    """The network's noise is what moves the latents, and `latent.noisy` what it was given."""
+    taps = [{"path": "eps"}, {"path": "latent.noisy"}, {"path": "x0"}]
+    store = extract(inverting(photos, sd, tmp_path / "s", "current", taps=taps)).store
+    plain = Plain(sd)
+    abar = plain.scheduler.alphas_cumprod
+    at = dict(zip(LABELS, (torch.ones(()), abar[600], abar[200]), strict=True))
+    for t, label in enumerate(LABELS):
+        eps, x, x0 = (
+            torch.cat([torch.tensor(store.read_unit(name, t, unit)) for unit in store.units])
+            for name in ("eps", "latent.noisy", "x0")
+        )
+        torch.testing.assert_close(x, at[label].sqrt() * x0 + (1 - at[label]).sqrt() * eps)
+    clean, eps = (
+        torch.cat([torch.tensor(store.read_unit(name, 0, unit)) for unit in store.units])
+        for name in ("latent.noisy", "eps")
+    )
+    latents = [plain.latents(pixels) for _, pixels in batches(photos)]
+    assert torch.equal(clean, torch.cat(latents))
+    assert torch.equal(eps, torch.cat([plain.predict(x, -1) for x in latents]))
+
+
 def test_inversion_does_not_depend_on_the_seed(photos: Path, ddpm: Path, tmp_path: Path) -> None:
     stores = [
         extract(

@@ -128,6 +128,26 @@ def test_a_part_that_is_not_there_is_refused(encoders: dict[str, Path]) -> None:
         tapped(load(encoders["siglip_vision_model"]), pixels(), "head@out.patches")
 
 
+@torch.no_grad()
+def test_the_class_token_attends_to_patches_as_transformers_says(
+    encoders: dict[str, Path],
+) -> None:
+    """DINO's attention maps: probabilities of one query over the patches, which do not add up to 1
+    as the class token attends to itself and to registers too."""
+    path = encoders["dinov2_with_registers"]
+    block = "encoder.layer.1.attention"
+    network = AutoModel.from_pretrained(path, attn_implementation="eager").eval()
+    (whole,) = network(pixel_values=pixels(), output_attentions=True).attentions[1:]
+    parts = ("cls.patches", "patches", "prefix.cls")
+    got = tapped(load(path), pixels(), *(f"{block}@attn.probs.{p}.heads[0,1]" for p in parts))
+    cls, patches, registers = got
+    torch.testing.assert_close(cls, whole[:, :, :1, 3:])
+    maps = whole[:, :, 3:].unflatten(2, (4, 4)).permute(0, 1, 4, 2, 3)
+    torch.testing.assert_close(patches, maps)  # all keys, of each patch's query
+    torch.testing.assert_close(registers, whole[:, :, :3, :1])
+    assert float(cls.sum(-1).max()) < 1
+
+
 @pytest.mark.parametrize("kind", ["dinov2", "vit", "clip_vision_model", "siglip_vision_model"])
 def test_positions_are_interpolated_to_other_sizes(encoders: dict[str, Path], kind: str) -> None:
     tap, n_prefix = LAST[kind]

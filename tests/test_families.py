@@ -495,6 +495,22 @@ def test_flux_equals_plain_diffusers_and_image_tokens_are_told_from_text(
     assert torch.equal(got[inner][0], as_map(joint[:, 512:], 4, 6))
 
 
+@torch.no_grad()
+def test_predictions_of_flow_models_are_latents(backbones: dict[str, Backbone]) -> None:
+    """Flux puts out packed tokens; x0 and eps are where the straight path begins and ends."""
+    for family in FLOW:
+        got = denoise(backbones[family], family, ["v", "x0", "eps"])
+        x, (v, dims) = latents_of(backbones[family]), got["v"]
+        (time,) = backbones[family].schedule.resolve(schedule_of(family))
+        told = backbones[family].conditioning(CAT).expand(2)
+        model_time = torch.full((2,), time.model_time)
+        assert dims == ("channel", "height", "width")
+        output = backbones[family].forward(x, model_time, told)
+        assert torch.equal(v, output[0] if isinstance(output, tuple) else output)
+        assert torch.equal(got["x0"][0], x - time.sigma * v)
+        assert torch.equal(got["eps"][0], x + time.alpha * v)
+
+
 def test_packing_is_that_of_the_pipeline() -> None:
     x = torch.randn(2, 16, 8, 12)
     assert torch.equal(pack(x), FluxPipeline._pack_latents(x, 2, 16, 8, 12))
