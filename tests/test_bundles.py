@@ -17,6 +17,7 @@ from drl_data.backbones.backbone import CLEAN
 from drl_data.backbones.bundles import bundle_folder, bundle_names, hub_ids
 from drl_data.backbones.inventory import tappable_modules
 from drl_data.errors import SpecError, WeightsError
+from drl_data.flops import Forwards
 from drl_data.plan import estimate
 from drl_data.spec import BackboneSpec, ConditionSpec, ImageSpec, TapSpec
 
@@ -239,7 +240,7 @@ def test_flops_of_encoding_are_the_published_ones(name: str, size: int, want: fl
     taps = backbone.resolve([TapSpec(path="conv_in")])
     flops = backbone.flops(taps, ImageSpec(size=size), ConditionSpec())
     assert flops.encode / TERA == pytest.approx(want, rel=0.012)
-    assert flops.per_image(8) == flops.encode + 8 * flops.cut
+    assert flops.per_image(Forwards(8)) == flops.encode + 8 * flops.cut
 
 
 def test_flops_of_the_16_channel_vae_are_the_published_ones() -> None:
