@@ -347,7 +347,8 @@ class NoiseSpec(Spec):
     - `shared`: one tensor for all samples (DDPM-Seg, DiffCut), natively or interpolated from a
       square of `shared_base` (ODISE, sd-dino);
     - `bank`: one tensor for each timestep and member, the same for all samples and prompts
-      (Diffusion Classifier);
+      (Diffusion Classifier); its row is (place of the timestep in `schedule.timesteps`) * members
+      + member;
     - `uniform`: numbers from [0, 1) where a Gaussian was meant (LDM_correspondences);
     - `none`: clean latents, whatever time the network is told;
     - `patch_mask`: squares of `patch` are zeroed in the share t/n of the image (MDM);
@@ -371,6 +372,18 @@ class NoiseSpec(Spec):
     told: Literal["current", "next"] = "current"
     """The time that each step of an inversion tells the network: of the latents that it is given
     (Hyperfeatures, SatDiFuser), or of those that it makes (diffusers' DDIMInverseScheduler)."""
+    generator: Literal["philox", "torch"] = "philox"
+    """What draws `shared` noise and a `bank`. `torch` takes the rows of `torch.randn((n, c, h, w),
+    generator=torch.Generator("cpu").manual_seed(seed))`, as published code does: DDPM-Seg (seed
+    0), ODISE and sd-dino (seed 42, `shared_base: 64`)."""
+    file: str | None = None
+    """Path or URL of `shared` noise or a `bank`, [n, c, h, w] in a .npy, .safetensors or .pt file;
+    in a `FeatureSpec`, the digest of its numbers."""
+
+    @property
+    def is_table(self) -> bool:
+        """Whether the noise is rows of one tensor instead of draws of their own."""
+        return self.generator == "torch" or self.file is not None
 
     @property
     def moves(self) -> bool:
@@ -389,6 +402,17 @@ class NoiseSpec(Spec):
         for name, kind in owner.items():
             if self.kind != kind and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} has no meaning with kind: {self.kind}, only with {kind}")
+        return self
+
+    @model_validator(mode="after")
+    def _tables_are_shared(self) -> NoiseSpec:
+        if self.is_table and self.kind not in ("shared", "bank"):
+            raise ValueError(
+                f"generator: torch and file have no meaning with kind: {self.kind}, only with "
+                "shared and bank: noise of each sample is seeded by its key"
+            )
+        if self.generator == "torch" and self.file is not None:
+            raise ValueError("generator: torch and file exclude each other")
         return self
 
 
@@ -727,6 +751,8 @@ class Pipeline(Spec):
             changes["condition"] = self.condition.model_copy(
                 update={"prompt_embeddings": join(self.condition.prompt_embeddings)}
             )
+        if self.noise.file:
+            changes["noise"] = self.noise.model_copy(update={"file": join(self.noise.file)})
         if self.store:
             changes["store"] = StoreSpec(url=join(self.store.url))
         if self.probe:

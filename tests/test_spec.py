@@ -75,6 +75,8 @@ CHANGES: dict[str, dict[str, object]] = {
     "told time": {"schedule": ScheduleSpec(timesteps=(0, 50), condition_at=25)},
     "unit of time": {"schedule": ScheduleSpec(timesteps=(0, 50), model_time="fraction")},
     "kind of noise": {"noise": NoiseSpec(kind="bank")},
+    "generator of the noise": {"noise": NoiseSpec(kind="bank", generator="torch")},
+    "file of the noise": {"noise": NoiseSpec(kind="bank", file="sha256:" + "f" * 64)},
     "base of the noise": {"noise": NoiseSpec(kind="shared", shared_base=64)},
     "patch": {"noise": NoiseSpec(kind="patch_mask", patch=4)},
     "told in an inversion": {"noise": NoiseSpec(kind="inversion", told="next")},
@@ -128,7 +130,7 @@ def test_defaults_never_change() -> None:
         }),
         (NoiseSpec(), {
             "kind": "per_sample", "seed": 0, "members": 1, "per_timestep": False,
-            "shared_base": None, "patch": 8, "told": "current",
+            "shared_base": None, "patch": 8, "told": "current", "generator": "philox", "file": None,
         }),
         (TapSpec(path="x"), {"name": None, "reduce": ()}),
     ]  # fmt: skip
