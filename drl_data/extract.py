@@ -257,7 +257,7 @@ def resolve_features(
     """
     backbone = load_backbone(model, "meta")
     taps = backbone.resolve(spec.taps)
-    times = resolve_times(backbone.schedule, spec.schedule, spec.noise)
+    times = resolve_times(backbone.schedule_for(spec.images), spec.schedule, spec.noise)
     _check_corruption(backbone, spec, bank)
     for condition in conditions[1:]:
         backbone.conditioning(condition)

@@ -262,7 +262,8 @@ class ScheduleSpec(Spec):
     - `flow`: 0 (clean) .. 1 (noise) (DiTF, SD3, REPA); with `shift` s, t is first moved to
       s t / (1 + (s - 1) t), as the schedulers of SD3 and Wan do.
 
-    Position in the steps of a scheduler, by default the model's own; of flow models the first two:
+    Position in the steps of a scheduler, by default the model's own; of flow models the first two
+    (a scheduler with `use_dynamic_shifting` is shifted as the pipelines of Flux and SD3.5 do):
 
     - `scheduler_position`: index into the `n_steps` steps from noise to clean, negative from the
       end (LDM_correspondences, Seg4Diff);

@@ -130,6 +130,11 @@ class Backbone(ABC):
             SpecError: if the model cannot take such images; the message says which it can.
         """
 
+    def schedule_for(self, images: ImageSpec) -> Schedule:
+        """The schedule of images of this size; the same for all but where a scheduler shifts its
+        steps by their number of tokens."""
+        return self.schedule
+
     @abstractmethod
     def encode(self, pixels: Tensor) -> Posterior:
         """From pixels [b, c, H, W] in the range of the image spec to the denoiser's input."""

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from drl_data.backbones.latent import LatentTextBackbone
 from drl_data.backbones.loader import ModelFolder, load_flow_schedule, load_network
+from drl_data.backbones.samplers import FLUX_SHIFT, SD3_SHIFT
 from drl_data.backbones.text import POOLED, PROMPT, TextEncoders
 from drl_data.backbones.tokens import TokenLayout, is_text
 from drl_data.backbones.vae import latent_shape, load_vae
 from drl_data.errors import SpecError
+from drl_data.schedule_flow import FlowSchedule
 from drl_data.spec import ConditionSpec, ImageSpec
 from drl_data.taps import ResolvedTap
 
@@ -38,6 +40,12 @@ class JointTransformer(LatentTextBackbone):
         PROMPT: "encoder_hidden_states",
         POOLED: "pooled_projections",
     }
+
+    schedule: FlowSchedule
+
+    def schedule_for(self, images: ImageSpec) -> FlowSchedule:
+        _, height, width = self.input_shape(images)
+        return self.schedule.for_tokens((height // PATCH) * (width // PATCH))
 
     def image_part(self, tap: ResolvedTap, value: object) -> object:
         if self._is_block(tap) and tap.site == "out" and isinstance(value, tuple):
@@ -82,7 +90,8 @@ class SD3Backbone(JointTransformer):
 
         network = load_network(folder, SD3Transformer2DModel, device)
         vae = load_vae(folder, device)
-        return cls(network, load_flow_schedule(folder), device, vae, TextEncoders(folder))
+        schedule = load_flow_schedule(folder, shift=SD3_SHIFT)
+        return cls(network, schedule, device, vae, TextEncoders(folder))
 
     def input_shape(self, images: ImageSpec) -> tuple[int, int, int]:
         shape = latent_shape(images, self.vae, 1)
@@ -138,7 +147,8 @@ class FluxBackbone(JointTransformer):
 
         network = load_network(folder, FluxTransformer2DModel, device)
         vae = load_vae(folder, device)
-        schedule = load_flow_schedule(folder, time_scale=1.0)  # it multiplies by 1000 itself
+        # It multiplies by 1000 itself.
+        schedule = load_flow_schedule(folder, time_scale=1.0, shift=FLUX_SHIFT)
         return cls(network, schedule, device, vae, TextEncoders(folder))
 
     def input_shape(self, images: ImageSpec) -> tuple[int, int, int]:
