@@ -290,9 +290,11 @@ class ScheduleSpec(Spec):
     timesteps: Timesteps
     """Where the noise is at; the `timestep` axis of the store."""
     condition_at: Literal["same"] | Timesteps = "same"
-    """Where the network is told that it is: one for each of `timesteps`, or one for all."""
+    """Where the network is told that it is: one for each of `timesteps`, or one for all, in the
+    convention's units (an index, a level sigma, t of 0..1 before its shift, a step). The input is
+    that of `timesteps` all the same; an EDM network's may then be clean (0)."""
     n_steps: Annotated[int, Field(ge=1)] | None = None
-    """Steps of the scheduler."""
+    """Steps of the scheduler, or levels of EDM's ladder."""
     scheduler: str | None = None
     """diffusers' name of the scheduler that counts the steps; default: the model's own."""
     scheduler_config: dict[str, JsonValue] = {}
@@ -325,16 +327,20 @@ class ScheduleSpec(Spec):
                 f"the {len(self.timesteps)} timesteps"
             )
         if self.convention == "none" and (self.timesteps != (0,) or self.condition_at != "same"):
-            raise ValueError("convention none has no time: want timesteps: 0 and no condition_at")
+            raise ValueError(
+                "convention none has no time: want timesteps: 0 and no condition_at; a clean input "
+                "that is told a time is `noise: {kind: none}` in the model's own convention"
+            )
         return self
 
     @model_validator(mode="after")
     def _steps_where_they_count(self) -> ScheduleSpec:
         stepped = self.convention in STEPPED
-        if not stepped and (self.n_steps or self.scheduler or self.scheduler_config):
+        n_steps = None if self.convention == "edm_index" else self.n_steps
+        if not stepped and (n_steps or self.scheduler or self.scheduler_config):
             raise ValueError(
                 f"n_steps, scheduler and scheduler_config have no meaning with {self.convention}; "
-                f"they belong to {', '.join(STEPPED)}"
+                f"they belong to {', '.join(STEPPED)}, and n_steps to edm_index"
             )
         if self.n_steps is None and self.convention in ("scheduler_position", "generation_label"):
             raise ValueError(f"convention {self.convention} needs n_steps, the scheduler's steps")

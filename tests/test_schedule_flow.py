@@ -22,8 +22,17 @@ from drl_data.backbones import ModelFolder, load_backbone
 from drl_data.backbones.loader import load_flow_schedule, load_schedule
 from drl_data.errors import SpecError
 from drl_data.runs import prepare
+from drl_data.schedule import corrupt
 from drl_data.schedule_flow import FlowSchedule
-from drl_data.spec import BackboneSpec, ImageSpec, NoiseSpec, Pipeline, ScheduleSpec
+from drl_data.spec import (
+    BackboneSpec,
+    ConditionSpec,
+    ImageSpec,
+    NoiseSpec,
+    Pipeline,
+    ScheduleSpec,
+    TapSpec,
+)
 from drl_data.testing import (
     save_tiny_ddpm,
     save_tiny_flux,
@@ -231,6 +240,42 @@ def test_the_network_can_be_told_another_time_than_the_noises() -> None:
     first, second = FlowSchedule().resolve(spec)
     assert (first.sigma, second.sigma) == (0.25, 0.5)
     assert first.model_time == second.model_time == 0
+
+
+@pytest.mark.parametrize("family", SHIFTED)
+def test_features_of_a_flow_told_another_time_are_plain_diffusers(
+    tmp_path: Path, family: str
+) -> None:
+    """`condition_at` is t before the shift, as `timesteps` are; SD3 is told 1000 t, Flux t."""
+    path = SHIFTED[family][0](tmp_path / family)
+    backbone = load_backbone(ModelFolder.find(BackboneSpec(model=str(path))), "cpu")
+    told = sees(backbone.network)
+    spec = ScheduleSpec(convention="flow", timesteps=(0.26, 0), condition_at=(0.5,), shift=3.0)
+    times = backbone.schedule.resolve(spec)
+    generator = torch.Generator().manual_seed(0)
+    x, noise = torch.randn(2, 1, 16, 8, 8, generator=generator)
+    inputs = [corrupt(x, noise, time) for time in times]
+    taps = backbone.resolve([TapSpec(path="transformer_blocks.0")])
+    condition = backbone.conditioning(ConditionSpec())
+    with torch.no_grad():
+        for given, time in zip(inputs, times, strict=True):
+            backbone.tap(given, time, condition, taps, lambda _, x, __: x)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(timesteps=[260.0], sigmas=[0.26])
+    want = scheduler.scale_noise(x, scheduler.timesteps, noise)
+    assert torch.equal(inputs[0], want)
+    assert torch.equal(inputs[1], x)
+    at = torch.tensor(0.75, dtype=torch.float32)  # 3 * 0.5 / (1 + 2 * 0.5)
+    scale = {"flux": 1.0, "sd3": 1000.0}[family]
+    assert [float(t) for t in told] == [float(at * scale)] * 2
+
+
+def test_steps_of_a_scheduler_may_be_told_apart_from_the_noise(sd3: FlowSchedule) -> None:
+    (time,) = sd3.resolve(steps(20, condition_at=(4,)))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(28)
+    assert time.sigma == float(scheduler.sigmas[20])
+    assert time.model_time == float(scheduler.timesteps[4])
 
 
 def test_no_convention_of_time_is_a_clean_image_at_time_0() -> None:
