@@ -185,6 +185,14 @@ class LatentSpec(Spec):
     """A draw from the posterior for each member of the noise; `false`: one for all (SD4Match)."""
 
 
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+SizePair = tuple[Positive, Positive]
+
+EXTRAS = ("lcm_guidance", "original_size", "crops_coords_top_left", "target_size")
+"""Fields of a condition that a model without a place for them refuses."""
+
+
 class ConditionSpec(Spec):
     """What the denoiser is told about the image besides the time.
 
@@ -208,6 +216,22 @@ class ConditionSpec(Spec):
     class_label: int | Literal["null", "label"] = "null"
     guidance: float = 3.5
     """Guidance scale that guidance-distilled models are told (Flux-dev); others ignore it."""
+    lcm_guidance: float | None = None
+    """Guidance scale that a UNet with `time_cond_proj_dim` is told (Latent Consistency Models, Luo
+    et al. 2023, whose pipeline's default is 8.5); not said: told nothing of it."""
+    original_size: Annotated[SizePair, BeforeValidator(_size_pair)] | None = None
+    """Height and width in pixels that SDXL is told its image had before it was resized (Podell et
+    al. 2023, section 2.2); not said: those of the input."""
+    crops_coords_top_left: tuple[NonNegative, NonNegative] = (0, 0)
+    """Rows and columns in pixels that SDXL is told were cropped above and left of it."""
+    target_size: Annotated[SizePair, BeforeValidator(_size_pair)] | None = None
+    """Height and width in pixels that SDXL is told it makes; not said: those of the input."""
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """What is said of the fields that only some models take."""
+        defaults = type(self).model_fields
+        return tuple(n for n in EXTRAS if getattr(self, n) != defaults[n].default)
 
     @model_validator(mode="after")
     def _one_text(self) -> ConditionSpec:

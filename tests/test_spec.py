@@ -62,6 +62,10 @@ CHANGES: dict[str, dict[str, object]] = {
     "caption": {"condition": ConditionSpec(caption=True)},
     "class": {"condition": ConditionSpec(class_label="label")},
     "guidance": {"condition": ConditionSpec(guidance=1.0)},
+    "lcm's guidance": {"condition": ConditionSpec(lcm_guidance=3.5)},
+    "original size": {"condition": ConditionSpec(original_size=(16, 16))},
+    "crop": {"condition": ConditionSpec(crops_coords_top_left=(0, 1))},
+    "target size": {"condition": ConditionSpec(target_size=(16, 16))},
     "embeddings": {"condition_files": {"prompt_embeddings": "f" * 64}},
     "timestep": {"schedule": ScheduleSpec(timesteps=(0, 51))},
     "order of timesteps": {"schedule": ScheduleSpec(timesteps=(50, 0))},
@@ -122,7 +126,8 @@ def test_defaults_never_change() -> None:
         (LatentSpec(), {"posterior": "sample", "scale": True, "per_member": True}),
         (ConditionSpec(), {
             "prompt": "", "template": None, "caption": False, "prompt_embeddings": None,
-            "class_label": "null", "guidance": 3.5,
+            "class_label": "null", "guidance": 3.5, "lcm_guidance": None, "original_size": None,
+            "crops_coords_top_left": (0, 0), "target_size": None,
         }),
         (ScheduleSpec(timesteps=(0,)), {
             "convention": "ddpm_index", "condition_at": "same", "n_steps": None,
