@@ -31,7 +31,8 @@ from drl_data.features import FeatureComputer
 from drl_data.fits import fitted
 from drl_data.flops import FeatureFlops
 from drl_data.images import ImageBatch, read_batches
-from drl_data.noise import noise_shape
+from drl_data.noise import noise_shape, noise_table
+from drl_data.noise_bank import bank_digest, read_bank
 from drl_data.plan import InvalidRow, Unit
 from drl_data.quantise import (
     COMPANIONS,
@@ -221,10 +222,12 @@ def make_task(
     run: RunSpec,
     n_cpus: int,
     device: str | None = None,
+    noise_file: str | None = None,
 ) -> ExtractTask:
     """Open the store and load the weights: what an executor runs once in each worker.
 
-    `backbone` and `condition` say where the files are whose digests the store's spec holds.
+    `backbone`, `condition` and `noise_file` say where the files are whose digests the store's spec
+    holds.
     `n_cpus` is how many units may compute at a time where there is no GPU. `device` defaults to
     the first visible GPU, else the CPU.
 
@@ -236,9 +239,14 @@ def make_task(
     model = find_model(backbone)
     found = {"weights": model.digest(), **condition_files(condition)}
     wanted = {"weights": store.spec.weights, **store.spec.condition_files}
+    bank = None if noise_file is None else read_bank(noise_file)
+    if bank is not None:
+        found["noise"] = bank_digest(bank)
+    if store.spec.noise.file is not None:
+        wanted["noise"] = store.spec.noise.file
     if found != wanted:
         raise StoreMismatchError(
-            f"{store_url} was made with {wanted}, but {backbone.model} and the condition's files "
+            f"{store_url} was made with {wanted}, but {backbone.model} and the other files "
             f"have {found}; give the same files, or another store"
         )
     use_exact_float32()
@@ -251,6 +259,7 @@ def make_task(
         conditions.constant,
         store.times,
         store.spec,
+        bank=bank,
         candidates=conditions.candidates,
     )
     on_cpu = loaded.device.type == "cpu"
@@ -269,19 +278,23 @@ def condition_files(condition: ConditionSpec) -> dict[str, str]:
 
 
 def resolve_features(
-    model: Model, spec: FeatureSpec, conditions: Sequence[ConditionSpec]
+    model: Model,
+    spec: FeatureSpec,
+    conditions: Sequence[ConditionSpec],
+    bank: Tensor | None = None,
 ) -> tuple[tuple[ArraySpec, ...], tuple[ResolvedTime, ...]]:
     """Arrays and timesteps of a spec from the structure of its model alone, on the meta device.
 
-    `conditions` are those that the model must be able to take; shapes are the first one's.
+    `conditions` are those that the model must be able to take; shapes are the first one's. `bank`
+    is what the file that `spec.noise` names holds.
 
     Raises:
         SpecError, TapError: if the model cannot do what the spec asks for.
     """
     backbone = load_backbone(model, "meta")
     taps = backbone.resolve(spec.taps)
-    times = resolve_times(backbone.schedule, spec.schedule, spec.noise)
-    _check_corruption(backbone, spec)
+    times = resolve_times(backbone.schedule_for(spec.images), spec.schedule, spec.noise)
+    _check_corruption(backbone, spec, bank)
     for condition in conditions[1:]:
         backbone.conditioning(condition)
     check_losses(taps, spec)
@@ -336,17 +349,23 @@ def count_feature_flops(model: Model, spec: FeatureSpec, condition: ConditionSpe
     return backbone.flops(backbone.resolve(spec.taps), spec.images, condition)
 
 
-def _check_corruption(backbone: Backbone, spec: FeatureSpec) -> None:
+def _check_corruption(backbone: Backbone, spec: FeatureSpec, bank: Tensor | None) -> None:
     """Raise SpecError, before any worker starts, for noise or latents that cannot be had."""
     if isinstance(backbone.schedule, NoSchedule) and spec.noise.kind != "none":
         raise SpecError(
             f"noise.kind {spec.noise.kind}: this model knows no noise (schedule.convention none); "
             "write `noise: {kind: none}`"
         )
-    noise_shape(spec.noise, backbone.input_shape(spec.images))
+    shape = backbone.input_shape(spec.images)
+    noise_shape(spec.noise, shape)
+    if bank is not None:
+        noise_table(spec.noise, shape, len(spec.schedule.timesteps), bank)
     if spec.latents.scale == "per_channel":
-        shape = (1, spec.images.n_channels, *spec.images.size)
-        pixels = torch.empty(shape, dtype=backbone.dtype, device=backbone.device)
+        pixels = torch.empty(
+            (1, spec.images.n_channels, *spec.images.size),
+            dtype=backbone.dtype,
+            device=backbone.device,
+        )
         with torch.no_grad():
             backbone.encode(pixels).latents(None, scale=spec.latents.scale)
 

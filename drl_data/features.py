@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from drl_data.backbones import Backbone, Conditioning
-from drl_data.noise import batch_noise
+from drl_data.noise import batch_noise, noise_table
 from drl_data.schedule import NoiseSchedule, corrupt, ddim_step, inversion_times, mask_patches
 from drl_data.spec import FeatureSpec, NoiseSpec, ResolvedTime
 from drl_data.tap_reducer import Fits, TapReducer
@@ -52,8 +52,10 @@ class FeatureComputer:
         times: Sequence[ResolvedTime],
         spec: FeatureSpec,
         fits: Fits | None = None,
+        bank: Tensor | None = None,
         candidates: Sequence[Conditioning] = (),
     ) -> None:
+        """`bank` is what the file that `spec.noise` names holds."""
         self.backbone = backbone
         self.taps = tuple(taps)
         self._fits = fits
@@ -63,6 +65,8 @@ class FeatureComputer:
         self._conditioning = conditioning
         self._times = tuple(times)
         self._spec = spec
+        shape = backbone.input_shape(spec.images)
+        self._table = noise_table(spec.noise, shape, len(times), bank)
         inverts = spec.noise.kind == "inversion"
         self._path = (
             inversion_times(backbone.schedule, spec.schedule, spec.noise) if inverts else ()
@@ -124,11 +128,11 @@ class FeatureComputer:
         spec = self._spec.noise
         degrade = mask_patches if spec.kind == "patch_mask" else corrupt
         with clock.stage("encode"):
-            noise = self._noise(keys, latents, None)
+            noise = self._noise(keys, latents)
         for t, when in enumerate(self._times):
             with clock.stage("denoise"):
                 if not spec.moves:
-                    noise = self._noise(keys, latents, when.requested)
+                    noise = self._noise(keys, latents, t)
                 noisy = [
                     x if eps is None else degrade(x, eps, when)
                     for x, eps in zip(latents, noise, strict=True)
@@ -210,11 +214,19 @@ class FeatureComputer:
         return None if noise is None else noise.to(like)
 
     def _noise(
-        self, keys: Sequence[str], latents: Sequence[Tensor], timestep: float | None
+        self, keys: Sequence[str], latents: Sequence[Tensor], place: int = 0
     ) -> list[Tensor | None]:
-        """The diffusion's noise of each member, like its latents."""
+        """The diffusion's noise of each member, like its latents, at the timestep in `place`."""
         drawn = [
-            batch_noise(self._spec.noise, keys, x.shape[1:], member=member, timestep=timestep)
+            batch_noise(
+                self._spec.noise,
+                keys,
+                x.shape[1:],
+                member=member,
+                timestep=self._times[place].requested,
+                table=self._table,
+                place=place,
+            )
             for member, x in enumerate(latents)
         ]
         return [None if e is None else e.to(x) for e, x in zip(drawn, latents, strict=True)]

@@ -20,6 +20,7 @@ from drl_data.executors import Outcome, run_local, run_ray
 from drl_data.extract import condition_files, count_feature_flops, make_task, resolve_features
 from drl_data.flops import FeatureFlops
 from drl_data.index import SampleIndex, build_index, is_current
+from drl_data.noise_bank import by_content, read_bank
 from drl_data.plan import Unit, auto_rows_per_unit, select_units
 from drl_data.progress import SILENT, Progress
 from drl_data.receipts import Receipt
@@ -101,6 +102,7 @@ def prepare(
     else:
         index = build_index(pipeline.dataset)
     model = find_model(backbone, structure_only=structure_only)
+    bank = None if pipeline.noise.file is None else read_bank(pipeline.noise.file)
     draft = FeatureSpec(
         dataset=index.digest(),
         n_samples=index.n_samples,
@@ -112,7 +114,7 @@ def prepare(
         condition=pipeline.condition.model_copy(update={"prompt_embeddings": None}),
         condition_files=condition_files(pipeline.condition),
         schedule=schedule,
-        noise=pipeline.noise,
+        noise=by_content(pipeline.noise, bank),
         taps=pipeline.taps,
         dtype=pipeline.features.dtype,
         batch_size=pipeline.features.batch_size,
@@ -125,7 +127,7 @@ def prepare(
         spec = draft.model_copy(update={"rows_per_unit": rows})
         if spec == store.spec:
             return Prepared(index, spec, store.arrays, store.times, model)
-    arrays, times = resolve_features(model, draft, extremes(pipeline.condition, index))
+    arrays, times = resolve_features(model, draft, extremes(pipeline.condition, index), bank)
     if wanted == "auto":
         wanted = auto_rows_per_unit(arrays, index.n_samples, draft.batch_size)
     spec = draft.model_copy(update={"rows_per_unit": wanted})
@@ -232,7 +234,15 @@ def run(pipeline: Pipeline, units: Sequence[Unit]) -> Iterator[Outcome[Receipt]]
     settings = pipeline.run
     local = settings.executor == "local"
     n_cpus = torch.get_num_threads() if local else max(int(settings.cpus_per_worker), 1)
-    task = partial(make_task, store_spec.url, backbone, pipeline.condition, settings, n_cpus)
+    task = partial(
+        make_task,
+        store_spec.url,
+        backbone,
+        pipeline.condition,
+        settings,
+        n_cpus,
+        noise_file=pipeline.noise.file,
+    )
     leases = settings.leases or n_cpus + 2
     if local:
         return run_local(task, units, leases=leases, max_attempts=settings.max_attempts)

@@ -176,6 +176,11 @@ class NoiseSchedule:
         if spec.convention in STEPPED:
             sampler = self.sampler(spec)
             return [sampler_step(sampler, spec, value) for value in values]
+        if spec.convention == "learned" and field == "condition_at":
+            raise SpecError(
+                "schedule.condition_at: convention learned tells the network the time of its "
+                "checkpoint; for another say ddpm_index"
+            )
         if spec.convention == "none":
             return [Step(time=0, alpha=1, sigma=0) for _ in values]
         if spec.convention == "sigma":

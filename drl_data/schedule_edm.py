@@ -11,12 +11,13 @@ and `sigma / alpha` is EDM's sigma, the same measure of noise as everywhere else
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from drl_data.errors import SpecError
-from drl_data.schedule import convert, require_convention
+from drl_data.schedule import Step, convert, require_convention, resolve_steps
 from drl_data.spec import ResolvedTime, ScheduleSpec
 
 EDM_STEPS = 18
@@ -64,35 +65,45 @@ class EDMSchedule:
     def resolve(self, spec: ScheduleSpec) -> tuple[ResolvedTime, ...]:
         """Every requested noise level (`edm_sigma`) or position on the ladder (`edm_index`).
 
+        `condition_at` is in the same units: the network is told the c_noise of its levels. The
+        input keeps the c_in of the noise that is in it, so that its variance is what the network
+        knows. Level 0, the clean image scaled by c_in, has no c_noise and needs `condition_at`.
+
         Raises:
-            SpecError: for another convention, or no noise at all: c_noise is not finite there.
+            SpecError: for another convention, or a level that the network cannot be told.
         """
         require_convention(spec, "EDM preconditioning", "edm_sigma", "edm_index")
-        if spec.condition_at != "same" or spec.model_time != "index":
+        if spec.model_time != "index":
             raise SpecError(
-                "schedule.condition_at and model_time: an EDM network is told its own noise level "
-                "(c_noise); leave them out"
+                f"schedule.model_time {spec.model_time}: an EDM network is told ln(sigma) / 4 "
+                "(c_noise); leave it out"
             )
+        return resolve_steps(spec, lambda field, values: self._steps(spec, field, values))
+
+    def _steps(self, spec: ScheduleSpec, field: str, values: Sequence[float]) -> list[Step]:
+        """Places with noise; of `timesteps`, also without if the network is told another."""
+        may_be_clean = field == "timesteps" and spec.condition_at != "same"
         if spec.convention == "edm_sigma":
-            sigmas = [float(t) for t in spec.timesteps]
+            sigmas = [float(t) for t in values]
         else:
             n_steps = spec.n_steps or EDM_STEPS
+            if n_steps < 2:
+                raise SpecError(f"schedule.n_steps {n_steps}: a ladder has at least 2 levels")
             ladder = sigma_ladder(n_steps, self.sigma_min, self.sigma_max, self.rho)
-            bad = [t for t in spec.timesteps if t != int(t) or not 1 <= t <= n_steps]
+            first = 0 if may_be_clean else 1
+            bad = [t for t in values if t != int(t) or not first <= t <= n_steps]
             if bad:
+                least = "clean" if may_be_clean else "least noise"
                 raise SpecError(
-                    f"schedule.timesteps {bad}: want 1 (least noise) .. {n_steps} (edm_index)"
+                    f"schedule.{field} {bad}: want {first} ({least}) .. {n_steps} (edm_index)"
                 )
-            sigmas = [ladder[int(t)] for t in spec.timesteps]
-        if min(sigmas) <= 0:
+            sigmas = [ladder[int(t)] for t in values]
+        if min(sigmas) < 0 or (min(sigmas) == 0 and not may_be_clean):
             raise SpecError(
-                f"schedule.timesteps {list(spec.timesteps)}: want noise levels above 0; for a "
-                "clean image say `noise: {kind: none}` and the level that the network is told"
+                f"schedule.{field} {list(values)}: want noise levels above 0; for a clean image "
+                "say in condition_at which level the network is told"
             )
-        return tuple(
-            self._resolved(t, spec.convention, sigma)
-            for t, sigma in zip(spec.timesteps, sigmas, strict=True)
-        )
+        return [self._at(sigma) for sigma in sigmas]
 
     def predicted(self, what: str, output: Tensor, x: Tensor, time: ResolvedTime) -> Tensor:
         """The preconditioned F for x = c_in (x_0 + sigma eps), as x0 = D, eps or v."""
@@ -106,12 +117,8 @@ class EDMSchedule:
         c = precondition(sigma, self.sigma_data)
         return (clean - c.c_skip * (clean + sigma * noise)) / c.c_out
 
-    def _resolved(self, requested: float, convention: str, sigma: float) -> ResolvedTime:
+    def _at(self, sigma: float) -> Step:
+        if sigma == 0:
+            return Step(time=-math.inf, alpha=1 / self.sigma_data, sigma=0.0)
         c = precondition(sigma, self.sigma_data)
-        return ResolvedTime(
-            requested=requested,
-            convention=convention,
-            model_time=c.c_noise,
-            alpha=c.c_in,
-            sigma=c.c_in * sigma,
-        )
+        return Step(time=c.c_noise, alpha=c.c_in, sigma=c.c_in * sigma)

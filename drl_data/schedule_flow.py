@@ -5,8 +5,10 @@ x_t = (1 - t) x_0 + t eps,    alpha = 1 - t,  sigma = t,    t from 0 (clean) to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +28,13 @@ from drl_data.spec import ResolvedTime, ScheduleSpec
 CONVENTIONS = ("flow", "none", "scheduler_position", "descending_index")
 
 
+class MakeSampler(Protocol):
+    """Makes the scheduler that a spec counts the steps of."""
+
+    def __call__(self, spec: ScheduleSpec, n_tokens: int | None = None) -> Sampler:
+        """The scheduler, for an image of `n_tokens` tokens where its steps depend on that."""
+
+
 @dataclass(frozen=True)
 class FlowSchedule:
     """A straight path from image to noise; the network is told `time_scale` * t.
@@ -34,8 +43,15 @@ class FlowSchedule:
     """
 
     time_scale: float = 1000.0
-    make_sampler: Callable[[ScheduleSpec], Sampler] | None = None
+    make_sampler: MakeSampler | None = None
     """The scheduler that a spec counts the steps of."""
+
+    def for_tokens(self, n_tokens: int) -> FlowSchedule:
+        """The same for an image of `n_tokens` tokens (Esser et al. 2024, section 5.3.2: more pixels
+        want more noise); only schedulers with `use_dynamic_shifting` mind."""
+        if self.make_sampler is None:
+            return self
+        return replace(self, make_sampler=partial(self.make_sampler, n_tokens=n_tokens))
 
     def resolve(self, spec: ScheduleSpec) -> tuple[ResolvedTime, ...]:
         """Every requested timestep with what the network is told and how much noise is added.

@@ -93,6 +93,11 @@ class DatasetSpec(Spec):
     """Extension of the caption, or `EXT:FIELD` for a field of a JSON member."""
 
 
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+SizePair = tuple[Positive, Positive]
+
+
 def _size_pair(value: object) -> object:
     return (value, value) if isinstance(value, int) else value
 
@@ -131,9 +136,7 @@ class ImageSpec(Spec):
     Pillow's, which antialias when they shrink.
     """
 
-    size: Annotated[
-        tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], BeforeValidator(_size_pair)
-    ]
+    size: Annotated[SizePair, BeforeValidator(_size_pair)]
     """Height and width in pixels, or one number for both."""
     resize: Literal["shortest", "stretch", "none"] = "shortest"
     filter: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = "bicubic"
@@ -236,7 +239,8 @@ class BackboneSpec(Spec):
     """DiT only: `downscale_freq_shift` of the sinusoids that tell it the time. diffusers has 1; the
     original code (Peebles and Xie 2023), which trained the weights, has 0."""
     weights: str | None = None
-    """A safetensors file that replaces every weight of the denoiser (CleanDIFT)."""
+    """A safetensors file that replaces every weight of the denoiser (CleanDIFT), or of an encoder;
+    under the names of the network in memory, which `drl taps` lists."""
     lora: Annotated[tuple[Lora, ...], BeforeValidator(_as_tuple)] = ()
     """Low-rank updates fused into the denoiser's weights, in this order."""
 
@@ -268,6 +272,10 @@ def _all_classes(value: object) -> object:
     return _as_tuple(value)
 
 
+EXTRAS = ("lcm_guidance", "original_size", "crops_coords_top_left", "target_size")
+"""Fields of a condition that a model without a place for them refuses."""
+
+
 class ConditionSpec(Spec):
     """What the denoiser is told about the image besides the time.
 
@@ -296,6 +304,22 @@ class ConditionSpec(Spec):
     """Guidance scale that guidance-distilled models are told (Flux-dev); others ignore it."""
     candidates: Annotated[tuple[str | int, ...], BeforeValidator(_all_classes)] = ()
     """One forward of the whole network for each of them, timestep and member."""
+    lcm_guidance: float | None = None
+    """Guidance scale that a UNet with `time_cond_proj_dim` is told (Latent Consistency Models, Luo
+    et al. 2023, whose pipeline's default is 8.5); not said: told nothing of it."""
+    original_size: Annotated[SizePair, BeforeValidator(_size_pair)] | None = None
+    """Height and width in pixels that SDXL is told its image had before it was resized (Podell et
+    al. 2023, section 2.2); not said: those of the input."""
+    crops_coords_top_left: tuple[NonNegative, NonNegative] = (0, 0)
+    """Rows and columns in pixels that SDXL is told were cropped above and left of it."""
+    target_size: Annotated[SizePair, BeforeValidator(_size_pair)] | None = None
+    """Height and width in pixels that SDXL is told it makes; not said: those of the input."""
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """What is said of the fields that only some models take."""
+        defaults = type(self).model_fields
+        return tuple(n for n in EXTRAS if getattr(self, n) != defaults[n].default)
 
     @model_validator(mode="after")
     def _one_text(self) -> ConditionSpec:
@@ -378,7 +402,8 @@ class ScheduleSpec(Spec):
     - `flow`: 0 (clean) .. 1 (noise) (DiTF, SD3, REPA); with `shift` s, t is first moved to
       s t / (1 + (s - 1) t), as the schedulers of SD3 and Wan do.
 
-    Position in the steps of a scheduler, by default the model's own; of flow models the first two:
+    Position in the steps of a scheduler, by default the model's own; of flow models the first two
+    (a scheduler with `use_dynamic_shifting` is shifted as the pipelines of Flux and SD3.5 do):
 
     - `scheduler_position`: index into the `n_steps` steps from noise to clean, negative from the
       end (LDM_correspondences, Seg4Diff);
@@ -405,9 +430,11 @@ class ScheduleSpec(Spec):
     timesteps: Timesteps
     """Where the noise is at; the `timestep` axis of the store."""
     condition_at: Literal["same"] | Timesteps = "same"
-    """Where the network is told that it is: one for each of `timesteps`, or one for all."""
+    """Where the network is told that it is: one for each of `timesteps`, or one for all, in the
+    convention's units (an index, a level sigma, t of 0..1 before its shift, a step). The input is
+    that of `timesteps` all the same; an EDM network's may then be clean (0)."""
     n_steps: Annotated[int, Field(ge=1)] | None = None
-    """Steps of the scheduler."""
+    """Steps of the scheduler, or levels of EDM's ladder."""
     scheduler: str | None = None
     """diffusers' name of the scheduler that counts the steps; default: the model's own."""
     scheduler_config: dict[str, JsonValue] = {}
@@ -440,16 +467,20 @@ class ScheduleSpec(Spec):
                 f"the {len(self.timesteps)} timesteps"
             )
         if self.convention == "none" and (self.timesteps != (0,) or self.condition_at != "same"):
-            raise ValueError("convention none has no time: want timesteps: 0 and no condition_at")
+            raise ValueError(
+                "convention none has no time: want timesteps: 0 and no condition_at; a clean input "
+                "that is told a time is `noise: {kind: none}` in the model's own convention"
+            )
         return self
 
     @model_validator(mode="after")
     def _steps_where_they_count(self) -> ScheduleSpec:
         stepped = self.convention in STEPPED
-        if not stepped and (self.n_steps or self.scheduler or self.scheduler_config):
+        n_steps = None if self.convention == "edm_index" else self.n_steps
+        if not stepped and (n_steps or self.scheduler or self.scheduler_config):
             raise ValueError(
                 f"n_steps, scheduler and scheduler_config have no meaning with {self.convention}; "
-                f"they belong to {', '.join(STEPPED)}"
+                f"they belong to {', '.join(STEPPED)}, and n_steps to edm_index"
             )
         if self.n_steps is None and self.convention in ("scheduler_position", "generation_label"):
             raise ValueError(f"convention {self.convention} needs n_steps, the scheduler's steps")
@@ -463,7 +494,8 @@ class NoiseSpec(Spec):
     - `shared`: one tensor for all samples (DDPM-Seg, DiffCut), natively or interpolated from a
       square of `shared_base` (ODISE, sd-dino);
     - `bank`: one tensor for each timestep and member, the same for all samples and prompts
-      (Diffusion Classifier);
+      (Diffusion Classifier); its row is (place of the timestep in `schedule.timesteps`) * members
+      + member;
     - `uniform`: numbers from [0, 1) where a Gaussian was meant (LDM_correspondences);
     - `none`: clean latents, whatever time the network is told;
     - `patch_mask`: squares of `patch` are zeroed in the share t/n of the image (MDM);
@@ -487,6 +519,18 @@ class NoiseSpec(Spec):
     told: Literal["current", "next"] = "current"
     """The time that each step of an inversion tells the network: of the latents that it is given
     (Hyperfeatures, SatDiFuser), or of those that it makes (diffusers' DDIMInverseScheduler)."""
+    generator: Literal["philox", "torch"] = "philox"
+    """What draws `shared` noise and a `bank`. `torch` takes the rows of `torch.randn((n, c, h, w),
+    generator=torch.Generator("cpu").manual_seed(seed))`, as published code does: DDPM-Seg (seed
+    0), ODISE and sd-dino (seed 42, `shared_base: 64`)."""
+    file: str | None = None
+    """Path or URL of `shared` noise or a `bank`, [n, c, h, w] in a .npy, .safetensors or .pt file;
+    in a `FeatureSpec`, the digest of its numbers."""
+
+    @property
+    def is_table(self) -> bool:
+        """Whether the noise is rows of one tensor instead of draws of their own."""
+        return self.generator == "torch" or self.file is not None
 
     @property
     def moves(self) -> bool:
@@ -505,6 +549,17 @@ class NoiseSpec(Spec):
         for name, kind in owner.items():
             if self.kind != kind and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} has no meaning with kind: {self.kind}, only with {kind}")
+        return self
+
+    @model_validator(mode="after")
+    def _tables_are_shared(self) -> NoiseSpec:
+        if self.is_table and self.kind not in ("shared", "bank"):
+            raise ValueError(
+                f"generator: torch and file have no meaning with kind: {self.kind}, only with "
+                "shared and bank: noise of each sample is seeded by its key"
+            )
+        if self.generator == "torch" and self.file is not None:
+            raise ValueError("generator: torch and file exclude each other")
         return self
 
 
@@ -922,6 +977,8 @@ class Pipeline(Spec):
             changes["condition"] = self.condition.model_copy(
                 update={"prompt_embeddings": join(self.condition.prompt_embeddings)}
             )
+        if self.noise.file:
+            changes["noise"] = self.noise.model_copy(update={"file": join(self.noise.file)})
         if self.store:
             changes["store"] = StoreSpec(url=join(self.store.url))
         if self.probe:

@@ -218,6 +218,9 @@ def test_the_checkpoint_carries_the_learned_time(tmp_path: Path) -> None:
     (index,) = backbone.schedule.resolve(ScheduleSpec(timesteps=(261,)))
     assert time.model_time == 273.25
     assert (time.alpha, time.sigma) == (index.alpha, index.sigma)
+    apart = spec.model_copy(update={"condition_at": (5,)})
+    with pytest.raises(SpecError, match="condition_at: convention learned tells the network the"):
+        backbone.schedule.resolve(apart)
 
 
 # --- the steps of a scheduler -------------------------------------------------------------------

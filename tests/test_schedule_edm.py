@@ -117,6 +117,10 @@ def test_features_equal_the_equations_and_plain_diffusers(tmp_path: Path) -> Non
         (ScheduleSpec(convention="edm_index", timesteps=(0,)), r"\[0\]: want 1 \(least noise\)"),
         (ScheduleSpec(convention="edm_index", timesteps=(19,)), r"\[19\]: want 1 .* \.\. 18"),
         (ScheduleSpec(convention="edm_index", timesteps=(1.5,)), r"\[1\.5\]: want 1"),
+        (
+            ScheduleSpec(convention="edm_index", timesteps=(1,), n_steps=1),
+            "n_steps 1: a ladder has at least 2",
+        ),
         (ScheduleSpec(convention="edm_sigma", timesteps=(0.0,)), "want noise levels above 0"),
     ],
 )
@@ -169,8 +173,85 @@ def test_discrete_timesteps_are_whole_numbers_in_their_own_convention() -> None:
         schedule.resolve(ScheduleSpec(convention="edm_sigma", timesteps=(1.0,)))
 
 
-@pytest.mark.parametrize("change", [{"condition_at": (0.5,)}, {"model_time": "fraction"}])
-def test_an_edm_network_is_told_its_own_noise_level(change: dict[str, object]) -> None:
-    spec = ScheduleSpec(convention="edm_sigma", timesteps=(0.1,), **change)
-    with pytest.raises(SpecError, match="is told its own noise level"):
+# --- told another level than the noise's --------------------------------------------------------
+
+
+def test_an_edm_network_can_be_told_another_level_in_the_conventions_units() -> None:
+    by_level = ScheduleSpec(convention="edm_sigma", timesteps=(0.1, 1.0), condition_at=(0.5, 2.0))
+    plain = EDMSchedule().resolve(by_level.model_copy(update={"condition_at": "same"}))
+    for told, time, level in zip(EDMSchedule().resolve(by_level), plain, (0.5, 2.0), strict=True):
+        assert (told.alpha, told.sigma) == (time.alpha, time.sigma)
+        assert told.model_time == math.log(level) / 4 != time.model_time
+    by_index = ScheduleSpec(convention="edm_index", timesteps=(4, 7), condition_at=(9,), n_steps=20)
+    ladder = sigma_ladder(20, 0.002, 80, 7)
+    for told, index in zip(EDMSchedule().resolve(by_index), (4, 7), strict=True):
+        assert told.model_time == math.log(ladder[9]) / 4
+        assert told.sigma / told.alpha == pytest.approx(ladder[index])
+
+
+def test_a_clean_image_is_told_a_level_and_scaled_as_clean() -> None:
+    """c_in(0) = 1 / sigma_data, the limit of table 1."""
+    spec = ScheduleSpec(convention="edm_sigma", timesteps=(0, 0.25), condition_at=(0.25,))
+    clean, noisy = EDMSchedule(sigma_data=0.8).resolve(spec)
+    assert (clean.alpha, clean.sigma) == (1 / 0.8, 0)
+    assert clean.model_time == noisy.model_time == math.log(0.25) / 4
+    limit = precondition(1e-9, 0.8)
+    assert clean.alpha == pytest.approx(limit.c_in)
+    ladder = ScheduleSpec(convention="edm_index", timesteps=(0,), condition_at=(4,))
+    (first,) = EDMSchedule().resolve(ladder)
+    assert (first.alpha, first.sigma) == (2, 0)
+
+
+def test_features_told_another_level_equal_plain_diffusers(tmp_path: Path) -> None:
+    """The input is preconditioned by the level of its noise, the network told another."""
+    root = save_tiny_edm(tmp_path / "edm")
+    schedule = ScheduleSpec(convention="edm_sigma", timesteps=(0, 0.3), condition_at=(1.5,))
+    spec = spec_of(schedule, NoiseSpec(seed=3))
+    backbone = load_backbone(find_model(BackboneSpec(model=str(root))), "cpu")
+    times = backbone.schedule.resolve(spec.schedule)
+    computer = FeatureComputer(backbone, backbone.resolve(spec.taps), Conditioning(), times, spec)
+    raw = np.random.default_rng(0).integers(0, 256, (2, 3, 16, 16), dtype=np.uint8)
+    got = [features["output_blocks.1"] for _, features in computer.compute(raw, ["a", "b"])]
+
+    network = UNet2DModel.from_pretrained(root / "unet").eval()
+    scheduler = EDMEulerScheduler.from_pretrained(root / "scheduler")
+    clean = torch.from_numpy(raw).float() / 255 * 2 - 1
+    noise = batch_noise(spec.noise, ["a", "b"], (3, 16, 16))
+    assert noise is not None
+    kept: list[Tensor] = []
+    network.up_blocks[0].register_forward_hook(lambda m, a, out: kept.append(out))
+    told = scheduler.precondition_noise(torch.tensor(1.5)).expand(2)
+    for level in (0.0, 0.3):
+        sigma = torch.tensor(level)
+        with torch.no_grad():
+            network(scheduler.precondition_inputs(clean + sigma * noise, sigma), told)
+    for mine, want in zip(got, kept, strict=True):
+        torch.testing.assert_close(mine, want, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"model_time": "fraction"},
+            r"model_time fraction: an EDM network is told ln",
+        ),
+        ({"condition_at": (0,)}, r"condition_at \[0\]: want noise levels above 0"),
+        ({"condition_at": (-1,)}, r"condition_at \[-1\]: want noise levels above 0"),
+        ({"condition_at": (1,), "timesteps": (-1,)}, r"timesteps \[-1\]: want noise levels"),
+        (
+            {"convention": "edm_index", "timesteps": (4,), "condition_at": (0,)},
+            r"condition_at \[0\]: want 1 \(least noise\) \.\. 18",
+        ),
+        (
+            {"convention": "edm_index", "timesteps": (-1,), "condition_at": (1,)},
+            r"timesteps \[-1\]: want 0 \(clean\) \.\. 18",
+        ),
+    ],
+)
+def test_what_an_edm_network_cannot_be_told_is_refused(
+    change: dict[str, object], message: str
+) -> None:
+    spec = ScheduleSpec.model_validate({"convention": "edm_sigma", "timesteps": (0.1,), **change})
+    with pytest.raises(SpecError, match=message):
         EDMSchedule().resolve(spec)

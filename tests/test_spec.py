@@ -62,6 +62,10 @@ CHANGES: dict[str, dict[str, object]] = {
     "caption": {"condition": ConditionSpec(caption=True)},
     "class": {"condition": ConditionSpec(class_label="label")},
     "guidance": {"condition": ConditionSpec(guidance=1.0)},
+    "lcm's guidance": {"condition": ConditionSpec(lcm_guidance=3.5)},
+    "original size": {"condition": ConditionSpec(original_size=(16, 16))},
+    "crop": {"condition": ConditionSpec(crops_coords_top_left=(0, 1))},
+    "target size": {"condition": ConditionSpec(target_size=(16, 16))},
     "embeddings": {"condition_files": {"prompt_embeddings": "f" * 64}},
     "timestep": {"schedule": ScheduleSpec(timesteps=(0, 51))},
     "order of timesteps": {"schedule": ScheduleSpec(timesteps=(50, 0))},
@@ -75,6 +79,8 @@ CHANGES: dict[str, dict[str, object]] = {
     "told time": {"schedule": ScheduleSpec(timesteps=(0, 50), condition_at=25)},
     "unit of time": {"schedule": ScheduleSpec(timesteps=(0, 50), model_time="fraction")},
     "kind of noise": {"noise": NoiseSpec(kind="bank")},
+    "generator of the noise": {"noise": NoiseSpec(kind="bank", generator="torch")},
+    "file of the noise": {"noise": NoiseSpec(kind="bank", file="sha256:" + "f" * 64)},
     "base of the noise": {"noise": NoiseSpec(kind="shared", shared_base=64)},
     "patch": {"noise": NoiseSpec(kind="patch_mask", patch=4)},
     "told in an inversion": {"noise": NoiseSpec(kind="inversion", told="next")},
@@ -120,7 +126,8 @@ def test_defaults_never_change() -> None:
         (LatentSpec(), {"posterior": "sample", "scale": True, "per_member": True}),
         (ConditionSpec(), {
             "prompt": "", "template": None, "caption": False, "prompt_embeddings": None,
-            "class_label": "null", "guidance": 3.5, "candidates": (),
+            "class_label": "null", "guidance": 3.5, "candidates": (), "lcm_guidance": None,
+            "original_size": None, "crops_coords_top_left": (0, 0), "target_size": None,
         }),
         (ScheduleSpec(timesteps=(0,)), {
             "convention": "ddpm_index", "condition_at": "same", "n_steps": None,
@@ -128,7 +135,7 @@ def test_defaults_never_change() -> None:
         }),
         (NoiseSpec(), {
             "kind": "per_sample", "seed": 0, "members": 1, "per_timestep": False,
-            "shared_base": None, "patch": 8, "told": "current",
+            "shared_base": None, "patch": 8, "told": "current", "generator": "philox", "file": None,
         }),
         (TapSpec(path="x"), {"name": None, "reduce": ()}),
     ]  # fmt: skip

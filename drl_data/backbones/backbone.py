@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -142,6 +142,11 @@ class Backbone(ABC):
         Raises:
             SpecError: if the model cannot take such images; the message says which it can.
         """
+
+    def schedule_for(self, images: ImageSpec) -> Schedule:
+        """The schedule of images of this size; the same for all but where a scheduler shifts its
+        steps by their number of tokens."""
+        return self.schedule
 
     @abstractmethod
     def encode(self, pixels: Tensor) -> Posterior:
@@ -472,7 +477,15 @@ def check_images(images: ImageSpec, n_channels: int, multiple: int) -> None:
         raise SpecError(f"images.size {list(images.size)}: the model needs multiples of {multiple}")
 
 
+def refuse_extras(spec: ConditionSpec, family: str, takes: Collection[str] = ()) -> None:
+    """Raise SpecError if a model is told of sizes or guidance that it has no place for."""
+    strange = [name for name in spec.extras if name not in takes]
+    if strange:
+        raise SpecError(f"condition.{strange[0]}: {family} takes none; leave it out")
+
+
 def refuse_text(spec: ConditionSpec, family: str) -> None:
-    """Raise SpecError if a model without text input is given a prompt."""
+    """Raise SpecError if a model without text input is given a prompt, or what goes with one."""
+    refuse_extras(spec, family)
     if spec.prompt or spec.prompt_embeddings or spec.template or spec.caption:
         raise SpecError(f"condition.prompt: {family} takes no text; leave it out")

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from drl_data.backbones.latent import LatentTextBackbone
 from drl_data.backbones.loader import ModelFolder, load_flow_schedule, load_network
+from drl_data.backbones.samplers import FLUX_SHIFT, SD3_SHIFT
 from drl_data.backbones.text import POOLED, PROMPT, TextEncoders
 from drl_data.backbones.tokens import TokenLayout, is_text
 from drl_data.backbones.vae import latent_shape, load_vae
 from drl_data.capture import Streams
 from drl_data.errors import SpecError
+from drl_data.schedule_flow import FlowSchedule
 from drl_data.spec import ConditionSpec, ImageSpec
 from drl_data.taps import ResolvedTap
 
@@ -40,8 +42,14 @@ class JointTransformer(LatentTextBackbone):
         POOLED: "pooled_projections",
     }
 
+    schedule: FlowSchedule
+
     TEXT_FIRST: ClassVar[bool]
     """Whether text tokens come before the image's where one tensor holds both."""
+
+    def schedule_for(self, images: ImageSpec) -> FlowSchedule:
+        _, height, width = self.input_shape(images)
+        return self.schedule.for_tokens((height // PATCH) * (width // PATCH))
 
     def streams(self, x: Tensor, kwargs: Mapping[str, Tensor]) -> Streams:
         n_image = (x.shape[-2] // PATCH) * (x.shape[-1] // PATCH)
@@ -85,7 +93,8 @@ class SD3Backbone(JointTransformer):
 
         network = load_network(folder, SD3Transformer2DModel, device)
         vae = load_vae(folder, device)
-        return cls(network, load_flow_schedule(folder), device, vae, TextEncoders(folder))
+        schedule = load_flow_schedule(folder, shift=SD3_SHIFT)
+        return cls(network, schedule, device, vae, TextEncoders(folder))
 
     def input_shape(self, images: ImageSpec) -> tuple[int, int, int]:
         shape = latent_shape(images, self.vae, 1)
@@ -142,7 +151,8 @@ class FluxBackbone(JointTransformer):
 
         network = load_network(folder, FluxTransformer2DModel, device)
         vae = load_vae(folder, device)
-        schedule = load_flow_schedule(folder, time_scale=1.0)  # it multiplies by 1000 itself
+        # It multiplies by 1000 itself.
+        schedule = load_flow_schedule(folder, time_scale=1.0, shift=FLUX_SHIFT)
         return cls(network, schedule, device, vae, TextEncoders(folder))
 
     def input_shape(self, images: ImageSpec) -> tuple[int, int, int]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from drl_data.backbones.backbone import Backbone, Conditioning, Posterior
+from drl_data.backbones.backbone import Backbone, Conditioning, Posterior, refuse_extras
 from drl_data.backbones.text import MASK, TextEncoders, read_embeddings
 from drl_data.backbones.vae import decode_latents, encode_latents
 from drl_data.errors import SpecError
@@ -71,6 +71,7 @@ class LatentTextBackbone(Backbone):
         assert not spec.per_sample
         if spec.class_label != "null":
             raise SpecError("condition.class_label: this model takes a prompt, not a class")
+        refuse_extras(spec, f"this {type(self.network).__name__}", self.extras())
         named = self._embeddings(spec)
         told = {
             self.TOLD[name]: tensor.to(
@@ -79,6 +80,10 @@ class LatentTextBackbone(Backbone):
             for name, tensor in named.items()
         }
         return Conditioning({**told, **self.other_conditions(spec)})
+
+    def extras(self) -> tuple[str, ...]:
+        """Which of `spec.EXTRAS` `other_conditions` reads."""
+        return ()
 
     def other_conditions(self, spec: ConditionSpec) -> dict[str, Tensor]:
         """What the network is told besides text, each tensor [1, ...]."""

@@ -28,7 +28,7 @@ from drl_data.backbones.bundles import (
 )
 from drl_data.backbones.custom import PYTHON, CustomModel
 from drl_data.backbones.overrides import apply_overrides
-from drl_data.backbones.samplers import FLOW, DiffusersSampler
+from drl_data.backbones.samplers import FLOW, DiffusersSampler, DynamicShift
 from drl_data.errors import SpecError, WeightsError
 from drl_data.reduce import TORCH_DTYPES
 from drl_data.schedule import NoiseSchedule, Schedule
@@ -396,13 +396,16 @@ def load_schedule(folder: ModelFolder) -> Schedule:
     )
 
 
-def load_flow_schedule(folder: ModelFolder, time_scale: float = 1000.0) -> FlowSchedule:
+def load_flow_schedule(
+    folder: ModelFolder, time_scale: float = 1000.0, shift: DynamicShift | None = None
+) -> FlowSchedule:
     """The schedule of a flow model whose network is told `time_scale` * t, whatever scheduler lies
-    beside it; that one's steps can be counted."""
+    beside it; that one's steps can be counted, shifted as `shift` says if it shifts by size."""
     path = _scheduler_folder(folder)
     if path is None:
         return FlowSchedule(time_scale)
-    return FlowSchedule(time_scale, partial(DiffusersSampler.of, _scheduler_config(folder, path)))
+    config = _scheduler_config(folder, path)
+    return FlowSchedule(time_scale, partial(DiffusersSampler.of, config, shift=shift))
 
 
 def _scheduler_folder(folder: ModelFolder) -> Path | None:

@@ -1,7 +1,8 @@
 """diffusers' schedulers as tables of steps: what the network is told at each, and the noise there.
 
 A scheduler's corruption is linear in image and noise, so its alpha and sigma are read off by giving
-it a one and a zero; nothing here knows its formulas.
+it a one and a zero; nothing here knows its formulas, but for what pipelines compute before they ask
+a scheduler for its steps.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from drl_data.errors import SpecError
@@ -34,14 +36,59 @@ FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 
 
 @dataclass(frozen=True)
+class DynamicShift:
+    """How a pipeline asks a scheduler with `use_dynamic_shifting` for its steps: with the shift
+    `mu`, which grows with the number of image tokens (diffusers 0.42, `calculate_shift`)."""
+
+    max_shift: float
+    """What the pipeline takes for `max_shift` if the scheduler's configuration has none."""
+    own_sigmas: bool
+    """Whether the pipeline gives the sigmas itself, from 1 to 1/n in n equal steps, unless the
+    scheduler has `use_flow_sigmas`."""
+
+    def arguments(
+        self, config: Mapping[str, object], n_steps: int, n_tokens: int
+    ) -> dict[str, object]:
+        """What `set_timesteps` is given for `n_steps` steps over an image of `n_tokens` tokens."""
+        base_tokens, max_tokens, base_shift, max_shift = (
+            float(str(config.get(name, default)))
+            for name, default in (
+                ("base_image_seq_len", 256),
+                ("max_image_seq_len", 4096),
+                ("base_shift", 0.5),
+                ("max_shift", self.max_shift),
+            )
+        )
+        slope = (max_shift - base_shift) / (max_tokens - base_tokens)
+        mu = n_tokens * slope + (base_shift - slope * base_tokens)
+        if self.own_sigmas and not config.get("use_flow_sigmas"):
+            return {"sigmas": np.linspace(1.0, 1 / n_steps, n_steps), "mu": mu}
+        return {"num_inference_steps": n_steps, "mu": mu}
+
+
+FLUX_SHIFT = DynamicShift(max_shift=1.15, own_sigmas=True)
+SD3_SHIFT = DynamicShift(max_shift=1.16, own_sigmas=False)
+
+
+@dataclass(frozen=True)
 class DiffusersSampler:
     """One of diffusers' schedulers; a `schedule.Sampler`."""
 
     scheduler: SchedulerMixin
     name: str
+    shift: DynamicShift | None = None
+    n_tokens: int | None = None
+    """Tokens of the image, on which a dynamic shift depends."""
 
     @classmethod
-    def of(cls, config: Mapping[str, object], spec: ScheduleSpec) -> DiffusersSampler:
+    def of(
+        cls,
+        config: Mapping[str, object],
+        spec: ScheduleSpec,
+        n_tokens: int | None = None,
+        *,
+        shift: DynamicShift | None = None,
+    ) -> DiffusersSampler:
         """The scheduler that `spec` names, else that of scheduler_config.json; its settings are
         those of the file, with what `spec.scheduler_config` has different.
 
@@ -64,7 +111,8 @@ class DiffusersSampler:
                     f"{', '.join(near)}"
                 )
         chosen = {**config, **spec.scheduler_config}
-        return cls(scheduler_class(**{k: v for k, v in chosen.items() if k in settings}), name)
+        scheduler = scheduler_class(**{k: v for k, v in chosen.items() if k in settings})
+        return cls(scheduler, name, shift, n_tokens)
 
     @property
     def n_timesteps(self) -> int:
@@ -75,9 +123,13 @@ class DiffusersSampler:
         return int(self.scheduler.order)
 
     def times(self, n_steps: int) -> tuple[float, ...]:
+        arguments: dict[str, object] = {"num_inference_steps": n_steps}
+        dynamic = self.scheduler.config.get("use_dynamic_shifting")
+        if dynamic and self.shift is not None and self.n_tokens is not None:
+            arguments = self.shift.arguments(self.scheduler.config, n_steps, self.n_tokens)
         try:
-            self.scheduler.set_timesteps(n_steps)
-        except ValueError as error:
+            self.scheduler.set_timesteps(**arguments)
+        except (ValueError, TypeError) as error:
             raise SpecError(f"schedule: {self.name} with {n_steps} steps: {error}") from error
         return tuple(self.scheduler.timesteps.tolist())
 

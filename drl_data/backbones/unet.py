@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from drl_data.backbones.adm_names import adm_aliases
@@ -25,6 +26,10 @@ from drl_data.spec import ConditionSpec, ImageSpec
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel, UNet2DModel
+
+
+OF_THE_INPUT = -1
+"""Stands for a side of the input among the sizes that SDXL is told."""
 
 
 class PixelUNetBackbone(Backbone):
@@ -70,15 +75,45 @@ class PixelUNetBackbone(Backbone):
         return self.network(x, model_time, **kwargs, return_dict=False)
 
 
-class LatentUNetBackbone(LatentTextBackbone):
-    """diffusers' UNet2DConditionModel with CLIP's last states: Stable Diffusion 1.x and 2.x."""
+class ConditionedUNetBackbone(LatentTextBackbone):
+    """diffusers' UNet2DConditionModel: what Stable Diffusion and SDXL share.
+
+    Latent Consistency Models are told a guidance scale beside the time, if the spec says one.
+    """
 
     network: UNet2DConditionModel
 
-    TOLD: ClassVar[Mapping[str, str]] = {PROMPT: "encoder_hidden_states"}
-
     def input_shape(self, images: ImageSpec) -> tuple[int, int, int]:
         return latent_shape(images, self.vae, len(self.network.config.block_out_channels) - 1)
+
+    def extras(self) -> tuple[str, ...]:
+        return () if self.network.config.time_cond_proj_dim is None else ("lcm_guidance",)
+
+    def other_conditions(self, spec: ConditionSpec) -> dict[str, Tensor]:
+        if spec.lcm_guidance is None:
+            return {}
+        embedding = guidance_embedding(spec.lcm_guidance, self.network.config.time_cond_proj_dim)
+        return {"timestep_cond": embedding.to(device=self.device, dtype=self.dtype)}
+
+
+def guidance_embedding(guidance: float, width: int) -> Tensor:
+    """What an LCM is told of a guidance scale: float32 [1, width], sines and then cosines of
+    1000 (guidance - 1) at `width // 2` frequencies from 1 to 1/10000.
+
+    Luo et al. 2023, section 4.2; diffusers' `get_guidance_scale_embedding`, whose operations these
+    are, so that the bits are too.
+    """
+    half = width // 2
+    step = torch.log(torch.tensor(10000.0)) / (half - 1)
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -step)
+    angles = (torch.tensor([guidance - 1]) * 1000.0)[:, None] * frequencies[None, :]
+    return F.pad(torch.cat([torch.sin(angles), torch.cos(angles)], dim=1), (0, width % 2))
+
+
+class LatentUNetBackbone(ConditionedUNetBackbone):
+    """With CLIP's last states: Stable Diffusion 1.x and 2.x."""
+
+    TOLD: ClassVar[Mapping[str, str]] = {PROMPT: "encoder_hidden_states"}
 
     def text_shapes(self, n_tokens: int) -> dict[str, tuple[int, ...]]:
         return {PROMPT: (n_tokens, self.network.config.cross_attention_dim)}
@@ -93,19 +128,29 @@ class LatentUNetBackbone(LatentTextBackbone):
         return self.network(x, model_time, **kwargs, return_dict=False)
 
 
-class LatentUNetXLBackbone(LatentTextBackbone):
-    """UNet2DConditionModel with two CLIPs and the image size (Podell et al. 2023): SDXL and its
-    distilled kin, SSD-1B, SDXL-Turbo, LCM-SDXL.
+class LatentUNetXLBackbone(ConditionedUNetBackbone):
+    """With two CLIPs and the image's sizes (Podell et al. 2023): SDXL and its distilled kin,
+    SSD-1B, SDXL-Turbo, LCM-SDXL.
 
-    The network is told that the original is as large as the input, and not cropped.
+    Unless the spec says otherwise, the network is told that the original is as large as the input,
+    and not cropped.
     """
-
-    network: UNet2DConditionModel
 
     TOLD: ClassVar[Mapping[str, str]] = {PROMPT: "encoder_hidden_states", POOLED: "text_embeds"}
 
-    def input_shape(self, images: ImageSpec) -> tuple[int, int, int]:
-        return latent_shape(images, self.vae, len(self.network.config.block_out_channels) - 1)
+    def extras(self) -> tuple[str, ...]:
+        return (*super().extras(), "original_size", "crops_coords_top_left", "target_size")
+
+    def other_conditions(self, spec: ConditionSpec) -> dict[str, Tensor]:
+        told = super().other_conditions(spec)
+        if set(spec.extras) - {"lcm_guidance"}:
+            sizes = (
+                *(spec.original_size or (OF_THE_INPUT, OF_THE_INPUT)),
+                *spec.crops_coords_top_left,
+                *(spec.target_size or (OF_THE_INPUT, OF_THE_INPUT)),
+            )
+            told["time_ids"] = torch.tensor([sizes], device=self.device)
+        return told
 
     def text_shapes(self, n_tokens: int) -> dict[str, tuple[int, ...]]:
         config = self.network.config
@@ -128,14 +173,18 @@ class LatentUNetXLBackbone(LatentTextBackbone):
         factor = vae_factor(self.vae)
         height, width = factor * x.shape[-2], factor * x.shape[-1]
         sizes = torch.tensor([height, width, 0, 0, height, width], device=x.device)
+        sizes = sizes.expand(len(x), 6)
+        if "time_ids" in kwargs:
+            sizes = torch.where(kwargs["time_ids"] == OF_THE_INPUT, sizes, kwargs["time_ids"])
         return self.network(
             x,
             model_time,
             encoder_hidden_states=kwargs["encoder_hidden_states"],
             added_cond_kwargs={
                 "text_embeds": kwargs["text_embeds"],
-                "time_ids": sizes.expand(len(x), 6),
+                "time_ids": sizes,
             },
+            timestep_cond=kwargs.get("timestep_cond"),
             return_dict=False,
         )
 
