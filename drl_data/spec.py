@@ -358,7 +358,7 @@ class ScheduleSpec(Spec):
     condition_at: Literal["same"] | Timesteps = "same"
     """Where the network is told that it is: one for each of `timesteps`, or one for all."""
     n_steps: Annotated[int, Field(ge=1)] | None = None
-    """Steps of the scheduler."""
+    """Steps of the scheduler, or levels of the ladder of `edm_index`."""
     scheduler: str | None = None
     """diffusers' name of the scheduler that counts the steps; default: the model's own."""
     scheduler_config: dict[str, JsonValue] = {}
@@ -397,10 +397,15 @@ class ScheduleSpec(Spec):
     @model_validator(mode="after")
     def _steps_where_they_count(self) -> ScheduleSpec:
         stepped = self.convention in STEPPED
-        if not stepped and (self.n_steps or self.scheduler or self.scheduler_config):
+        if not stepped and (self.scheduler or self.scheduler_config):
             raise ValueError(
-                f"n_steps, scheduler and scheduler_config have no meaning with {self.convention}; "
-                f"they belong to {', '.join(STEPPED)}"
+                f"scheduler and scheduler_config have no meaning with {self.convention}; they "
+                f"belong to {', '.join(STEPPED)}"
+            )
+        if self.n_steps and not stepped and self.convention != "edm_index":
+            raise ValueError(
+                f"n_steps has no meaning with {self.convention}; it belongs to edm_index, "
+                f"{', '.join(STEPPED)}"
             )
         if self.n_steps is None and self.convention in ("scheduler_position", "generation_label"):
             raise ValueError(f"convention {self.convention} needs n_steps, the scheduler's steps")

@@ -7,6 +7,8 @@ agree to 1e-4 of their size; the nearest wrong tap, time or noise is off by more
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,14 +16,16 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from drl_data.backbones import find_model, load_backbone
 from drl_data.backbones.backbone import CLEAN
 from drl_data.errors import WeightsError
+from drl_data.examples.ddae import UNet
 from drl_data.noise import draw_normal, draw_uniform
 from drl_data.recipes import find_recipe
-from drl_data.spec import Pipeline
+from drl_data.spec import BackboneSpec, Pipeline
 from tests.guided_diffusion import GuidedDiffusion
 from tests.references import Rehearsed, hooked, rehearse
 
@@ -187,6 +191,201 @@ def test_repfusion(tmp_path: Path) -> None:
         unet(run.pixels(), torch.full((4,), t))
         assert torch.equal(run.features("mid", i), kept["mid_block.resnets.1.conv2"].mean((2, 3)))
         assert_other(run.features("mid", i), kept["mid_block.resnets.1"].mean((2, 3)))
+
+
+def own_network(run: Rehearsed) -> UNet:
+    """The recipe's random weights."""
+    assert run.pipeline.backbone is not None
+    network = load_backbone(find_model(run.pipeline.backbone), "cpu").network
+    assert isinstance(network, UNet)
+    return network
+
+
+RESNET = {
+    "norm1": "norm1",
+    "conv1": "conv1",
+    "norm2": "norm2",
+    "conv2.1": "conv2",
+    "shortcut": "conv_shortcut",
+    "time_emb.1": "time_emb_proj",
+}
+
+
+def in_diffusers(network: UNet, *, width: int = 32, residual: bool = False) -> UNet2DModel:
+    """DDAE's four-level network as a UNet2DModel: all blocks, but not the last norm, whose groups
+    are others and which no feature has seen."""
+    plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
+    down, up = plain if residual else ("DownBlock2D", "UpBlock2D")
+    how = "resnet" if residual else "conv"
+    theirs = UNet2DModel(
+        sample_size=16,
+        block_out_channels=(width, 2 * width, 2 * width, 2 * width),
+        down_block_types=(down, "AttnDownBlock2D", down, down),
+        up_block_types=(up, up, "AttnUpBlock2D", up),
+        layers_per_block=2,
+        downsample_type=how,
+        upsample_type=how,
+        downsample_padding=1,
+        norm_eps=1e-5,
+        attention_head_dim=None,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+    ).eval()
+    names = {"image_proj": "conv_in", "norm": "conv_norm_out", "final": "conv_out"}
+    names |= {
+        "time_emb.lin1": "time_embedding.linear_1",
+        "time_emb.lin2": "time_embedding.linear_2",
+    }
+    blocks = {f"middle.res{i + 1}": f"mid_block.resnets.{i}" for i in range(2)}
+    attentions = {"middle.attn": "mid_block.attentions.0"}
+    for ours, root, n in (("down", "down_blocks", 2), ("up", "up_blocks", 3)):
+        for level in range(4):
+            for j in range(n):
+                at = f"{ours}.{level * (n + 1) + j}"
+                blocks[f"{at}.res"] = f"{root}.{level}.resnets.{j}"
+                attentions[f"{at}.attn"] = f"{root}.{level}.attentions.{j}"
+            at, there = f"{ours}.{level * (n + 1) + n}", f"{root}.{level}.{ours}samplers.0"
+            blocks[f"{at}.op"] = there
+            names[f"{at}.conv"] = f"{there}.conv"
+    names |= {f"{a}.{part}": f"{b}.{RESNET[part]}" for a, b in blocks.items() for part in RESNET}
+    for ours, there in attentions.items():
+        names |= {f"{ours}.norm": f"{there}.group_norm", f"{ours}.output": f"{there}.to_out.0"}
+    state = {}
+    for name, tensor in network.state_dict().items():
+        module, _, kind = name.rpartition(".")
+        if module.endswith(".projection"):
+            for letter, rows in zip("qkv", tensor.chunk(3), strict=True):
+                state[f"{attentions[module.removesuffix('.projection')]}.to_{letter}.{kind}"] = rows
+        else:
+            state[f"{names[module]}.{kind}"] = tensor
+    theirs.load_state_dict(state)
+    return theirs
+
+
+OUT = {
+    "out_3": "up_blocks.0.resnets.2",
+    "out_6": "up_blocks.1.resnets.2",
+    "out_7": "up_blocks.2.attentions.0",
+}
+"""Where the authors' blocks are in diffusers; out_6 is before its level's upsampling."""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("residual", [False, True])
+def test_ddae_s_network_is_diffusers_unet(residual: bool) -> None:
+    torch.manual_seed(0)
+    attends = (False, True, False, False)
+    network = UNet(32, (1, 2, 2, 2), attends, 2, residual_resampling=residual).eval()
+    theirs = in_diffusers(network, residual=residual)
+    ours = hooked(network, "up.2", "up.6", "up.8")
+    kept = hooked(theirs, *OUT.values())
+    x, t = torch.randn(2, 3, 16, 16), torch.full((2,), 0.011)
+    network(x, t)
+    theirs(x, t)
+    for mine, path in zip(("up.2", "up.6", "up.8"), OUT.values(), strict=True):
+        torch.testing.assert_close(ours[mine], kept[path], atol=1e-5, rtol=1e-4)
+
+
+def seen(run: Rehearsed, view: str = "", timestep: object = "all") -> tuple[Tensor, Tensor]:
+    """The image or its mirror image, and the noise of that view."""
+    keys = [f"{key}\x1f{view}" if view else key for key in run.keys]
+    draws = [draw_normal((3, 16, 16), "noise", 0, "key", key, 0, timestep) for key in keys]
+    pixels = run.pixels().flip(3) if view else run.pixels()
+    return pixels, torch.stack([torch.from_numpy(draw) for draw in draws])
+
+
+def noisy_ddpm(run: Rehearsed, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """t = 11 of 1..1000, and what the network is told."""
+    return noisy(run, 10, noise, pixels), torch.full((4,), 11 / 1000)
+
+
+def noisy_edm(
+    run: Rehearsed, pixels: Tensor, noise: Tensor, level: int = 4
+) -> tuple[Tensor, Tensor]:
+    """A level of Karras' ladder of 18 from 0.002 to 80, from clean, and c_noise."""
+    low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
+    sigma = (high + (18 - level) / 17 * (low - high)) ** 7
+    x = (pixels + sigma * noise) / (sigma**2 + 0.25) ** 0.5
+    return x, torch.full((4,), math.log(sigma) / 4)
+
+
+Make = Callable[[Rehearsed, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@torch.no_grad()
+def check_ddae(name: str, tmp_path: Path, out: str, make: Make) -> None:
+    run = rehearse(name, tmp_path)
+    network = in_diffusers(own_network(run))
+    kept = hooked(network, *OUT.values())
+    for view, name in enumerate(("", "hflip")):
+        network(*make(run, *seen(run, name)))
+        got = torch.tensor(run.store.read_unit(out, 0, run.store.units[0], view))
+        assert_same(got, kept[OUT[out]].mean((2, 3)))
+        assert_other(got, kept[OUT["out_7" if out == "out_6" else "out_6"]].mean((2, 3)))
+
+
+def test_ddae_cifar10_ddpm(tmp_path: Path) -> None:
+    check_ddae("ddae_cifar10_ddpm", tmp_path, "out_6", noisy_ddpm)
+
+
+def test_ddae_cifar10_edm(tmp_path: Path) -> None:
+    check_ddae("ddae_cifar10_edm", tmp_path, "out_7", noisy_edm)
+
+
+@torch.no_grad()
+def check_ddaepp(name: str, tmp_path: Path, k: int, make: Make) -> None:
+    """DDPM++ has no counterpart in diffusers (its first convolution is narrower than its first
+    level); the reference runs the network itself, whose modules are tested above."""
+    run = rehearse(name, tmp_path)
+    network = own_network(run)
+    # up.0 .. up.4 have 4 x 4, up.5 is the upsampling: out_6 and out_7 are up.6 and up.7
+    kept = hooked(network, f"up.{k}")
+    for view, name in enumerate(("", "hflip")):
+        network(*make(run, *seen(run, name)))
+        got = torch.tensor(run.store.read_unit(f"out_{k}", 0, run.store.units[0], view))
+        assert kept[f"up.{k}"].shape == (4, 64, 8, 8)
+        assert_same(got, kept[f"up.{k}"].mean((2, 3)))
+
+
+def test_ddae_cifar10_ddpmpp(tmp_path: Path) -> None:
+    check_ddaepp("ddae_cifar10_ddpmpp", tmp_path, 6, noisy_ddpm)
+
+
+def test_ddae_cifar10_edm_ddpmpp(tmp_path: Path) -> None:
+    check_ddaepp("ddae_cifar10_edm_ddpmpp", tmp_path, 7, noisy_edm)
+
+
+@torch.no_grad()
+def test_noise_level_ensemble(tmp_path: Path) -> None:
+    run = rehearse("noise_level_ensemble", tmp_path)
+    network = in_diffusers(own_network(run))
+    kept = hooked(network, OUT["out_7"])
+    means = []
+    for i in (3, 4, 5, 6):
+        network(*noisy_edm(run, *seen(run, timestep=i), i))
+        means.append(kept[OUT["out_7"]].mean((2, 3)))
+    assert_same(run.features("out_7"), torch.stack(means).mean(0))
+    assert_other(run.features("out_7"), means[1])
+
+
+def test_ddae_loads_the_authors_checkpoint(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    network = UNet(32, (1, 2, 2, 2), (False, True, False, False), 2, residual_resampling=False)
+    path = tmp_path / "ddae.safetensors"
+    names = network.state_dict()
+    save_file(
+        {f"ema_model.nn_model.{k}": v for k, v in names.items()}
+        | {f"online_model.nn_model.{k}": torch.zeros_like(v) for k, v in names.items()},
+        path,
+    )
+    model = "python:drl_data.examples.ddae:tiny_ddpm"
+    loaded = load_backbone(find_model(BackboneSpec(model=model, weights=str(path))), "cpu").network
+    assert loaded.state_dict().keys() == names.keys()
+    assert all(torch.equal(v, names[k]) for k, v in loaded.state_dict().items())
+    for factory, n in (("ddpm", 35_746_307), ("edm_ddpmpp", 56_524_291)):
+        spec = BackboneSpec(model=f"python:drl_data.examples.ddae:cifar10_{factory}", init="random")
+        meta = load_backbone(find_model(spec), "meta").network
+        assert sum(p.numel() for p in meta.parameters()) == n
 
 
 ADM = {

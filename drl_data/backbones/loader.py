@@ -256,8 +256,8 @@ def find_model(spec: BackboneSpec, *, structure_only: bool = False) -> Model:
         WeightsError: if there is no such model.
     """
     if spec.model.startswith(PYTHON):
-        if spec.weights is not None or spec.lora:
-            raise SpecError(f"backbone.weights and lora: {spec.model!r} loads its weights itself")
+        if spec.lora:
+            raise SpecError(f"backbone.lora: {spec.model!r} loads its weights itself")
         return CustomModel(spec)
     try:
         return ModelFolder.find(spec)
