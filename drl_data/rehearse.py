@@ -36,6 +36,8 @@ def rehearsal(pipeline: Pipeline, folder: Path, *, n_samples: int = N_SAMPLES) -
         model = str(save_tiny(model, folder / "model", **tiny.network))
     write_photo_tars(folder / "photos", n_samples=n_samples, n_tars=2, size=PHOTO_SIZE)
     backbone = {"model": model, "revision": None, "variant": None, "dtype": "float32"}
+    if pipeline.backbone is not None and pipeline.backbone.weights is not None:
+        backbone["weights"] = None
     changed = merged(
         pipeline.model_dump(exclude_unset=True, exclude={"tiny"}),
         {

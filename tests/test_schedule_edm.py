@@ -255,3 +255,12 @@ def test_what_an_edm_network_cannot_be_told_is_refused(
     spec = ScheduleSpec.model_validate({"convention": "edm_sigma", "timesteps": (0.1,), **change})
     with pytest.raises(SpecError, match=message):
         EDMSchedule().resolve(spec)
+
+
+def test_the_ladder_has_as_many_levels_as_the_spec_says() -> None:
+    spec = ScheduleSpec(convention="edm_index", n_steps=40, timesteps=(1, 7, 40))
+    levels = [time.sigma / time.alpha for time in EDMSchedule().resolve(spec)]
+    low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
+    assert levels == pytest.approx([0.002, (low + 6 / 39 * (high - low)) ** 7, 80])
+    with pytest.raises(SpecError, match=r"\[41\]: want 1 \(least noise\) \.\. 40"):
+        EDMSchedule().resolve(spec.model_copy(update={"timesteps": (41,)}))

@@ -215,7 +215,11 @@ def test_short_forms_mean_the_long_ones() -> None:
         ({"schedule": {"timesteps": []}}, "want at least one, none twice"),
         ({"schedule": {"timesteps": [1, 2, 3], "condition_at": [1, 2]}}, "2 entries; want one, or"),
         ({"schedule": {"timesteps": [1], "convention": "none"}}, "want timesteps: 0"),
-        ({"schedule": {"timesteps": [1], "n_steps": 50}}, "no meaning with ddpm_index"),
+        ({"schedule": {"timesteps": [1], "n_steps": 50}}, "n_steps has no meaning with ddpm_index"),
+        (
+            {"schedule": {"timesteps": [1], "convention": "edm_index", "scheduler": "DDIM"}},
+            "scheduler and scheduler_config have no meaning with edm_index",
+        ),
         ({"schedule": {"timesteps": [1], "scheduler": "X"}}, "no meaning with ddpm_index"),
         ({"schedule": {"timesteps": [-8], "convention": "scheduler_position"}}, "needs n_steps"),
         ({"noise": {"kind": "inversion", "members": 2}}, "have no meaning with kind: inversion"),

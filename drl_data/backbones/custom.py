@@ -5,9 +5,10 @@ The factory is a function of an importable module:
     def factory(spec: BackboneSpec, device: torch.device) -> CustomBackbone
 
 On "meta" it must build the structure without reading weights; elsewhere it loads them onto
-`device`. `spec` says the rest (dtype, init, init_seed). A `CustomBackbone` is a `Backbone` (how an
-image becomes the network's input, how the network is told the time and called; taps, cut, noise
-and reductions are then the same as for every family) that also says what its weights are:
+`device`. `spec` says the rest (dtype, init, init_seed, and the file `weights`). A `CustomBackbone`
+is a `Backbone` (how an image becomes the network's input, how the network is told the time and
+called; taps, cut, noise and reductions are then the same as for every family) that also says what
+its weights are:
 
     class MyBackbone(CustomBackbone):
         def input_shape(self, images): ...      # (c, h, w) that forward takes
@@ -15,6 +16,9 @@ and reductions are then the same as for every family) that also says what its we
         def conditioning(self, spec): ...       # Conditioning() where there is none
         def forward(self, x, model_time, kwargs): ...
         def weights_digest(self): ...           # for example file_digest("my.safetensors")
+
+A pixel-space network whose weights are one safetensors file is a `CheckpointBackbone`
+(checkpoint.py) and needs none of these but, at times, `forward`; drl_data/examples has some.
 
 Without a noise schedule (an encoder) give `NoSchedule()`, and write `schedule: {convention: none}`.
 
@@ -29,6 +33,7 @@ import importlib
 import re
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -43,6 +48,9 @@ _FACTORY = re.compile(r"^python:(?P<module>[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w
 
 class CustomBackbone(Backbone):
     """A backbone that is made by Python code, and so must say itself what its weights are."""
+
+    reads_weights: ClassVar[bool] = False
+    """Whether it reads `backbone.weights`; others refuse such a spec."""
 
     @abstractmethod
     def weights_digest(self) -> str:
@@ -89,4 +97,6 @@ class CustomModel:
                 f"backbone.model {self.spec.model!r} gave a {type(made).__name__}; want a "
                 "CustomBackbone (drl_data.backbones)"
             )
+        if self.spec.weights is not None and not made.reads_weights:
+            raise SpecError(f"backbone.weights: {self.spec.model!r} loads its weights itself")
         return made

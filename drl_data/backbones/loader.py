@@ -21,6 +21,7 @@ from torch import nn
 from drl_data.backbones.backbone import Backbone
 from drl_data.backbones.bundles import (
     bundle_folder,
+    bundle_names,
     bundle_of,
     bundled_image_size,
     hub_ids,
@@ -247,23 +248,32 @@ Model = ModelFolder | CustomModel
 def find_model(spec: BackboneSpec, *, structure_only: bool = False) -> Model:
     """The folder of a model, or the Python code that makes it.
 
-    With `structure_only` a hub id that is not at hand becomes its bundled configuration.
+    With `structure_only` a hub id that is not at hand becomes its bundled configuration, and so
+    does a folder that is not there but has a bundle's name (`./models/adm-256-uncond`).
 
     Raises:
         SpecError: for a hub id without a revision, or other weights for a model of Python code.
         WeightsError: if there is no such model.
     """
     if spec.model.startswith(PYTHON):
-        if spec.weights is not None or spec.lora:
-            raise SpecError(f"backbone.weights and lora: {spec.model!r} loads its weights itself")
+        if spec.lora:
+            raise SpecError(f"backbone.lora: {spec.model!r} loads its weights itself")
         return CustomModel(spec)
     try:
         return ModelFolder.find(spec)
     except (SpecError, WeightsError):
-        name = bundle_of(spec.model) if structure_only else None
+        name = _bundle_instead(spec.model) if structure_only else None
         if name is None:
             raise
         return ModelFolder(bundle_folder(name), spec)
+
+
+def _bundle_instead(model: str) -> str | None:
+    """The bundled configuration of a hub id, or of a folder that is yet to be made."""
+    path = Path(model)
+    if model.startswith(("/", ".")) and not path.exists() and path.name in bundle_names():
+        return path.name
+    return bundle_of(model)
 
 
 def load_backbone(model: Model, device: str | torch.device) -> Backbone:

@@ -44,7 +44,15 @@ def replace_weights(network: nn.Module, path: str) -> None:
     Raises:
         WeightsError: with the tensors that are missing, unexpected or of another shape.
     """
-    state = _read(path)
+    replace_tensors(network, read_tensors(path), path)
+
+
+def replace_tensors(network: nn.Module, state: Mapping[str, Tensor], path: str) -> None:
+    """Load a state dict that has exactly the network's tensors; `path` is where it comes from.
+
+    Raises:
+        WeightsError: with the tensors that are missing, unexpected or of another shape.
+    """
     own = network.state_dict()
     other_shape = [
         f"{name} {list(state[name].shape)}, want {list(own[name].shape)}"
@@ -63,7 +71,7 @@ def replace_weights(network: nn.Module, path: str) -> None:
             "network's own names, as `drl taps` lists its modules, or the whole other checkpoint "
             "as backbone.model"
         )
-    network.load_state_dict(state)
+    network.load_state_dict(dict(state))
 
 
 def fuse_lora(network: nn.Module, lora: LoraSpec) -> None:
@@ -75,7 +83,7 @@ def fuse_lora(network: nn.Module, lora: LoraSpec) -> None:
     modules = {name.replace(".", "_"): module for name, module in network.named_modules()}
     found: dict[str, dict[str, Tensor]] = {}
     strange: list[str] = []
-    for key, tensor in _read(lora.path).items():
+    for key, tensor in read_tensors(lora.path).items():
         match = _LORA_KEY.match(key)
         name = _PREFIX.sub("", match["module"]) if match else ""
         name = name.replace(".processor", "").replace(".", "_")
@@ -112,7 +120,12 @@ def _add(module: nn.Module, parts: Mapping[str, Tensor], lora: LoraSpec, name: s
         weight.copy_(weight.float() + (scale * update).to(weight.device))
 
 
-def _read(path: str) -> dict[str, Tensor]:
+def read_tensors(path: str) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file, on the CPU.
+
+    Raises:
+        WeightsError: if there is no such file, or it is of another kind.
+    """
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

@@ -1,0 +1,162 @@
+"""Recipes on models that also classify, and on encoders of diffusion autoencoders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from drl_data.backbones import find_model, load_backbone
+from drl_data.backbones.backbone import CLEAN
+from drl_data.errors import SpecError, WeightsError
+from drl_data.examples.diffae import SemanticEncoder
+from drl_data.recipes import find_recipe
+from drl_data.spec import BackboneSpec, ConditionSpec, ImageSpec, Pipeline, TapSpec
+from tests.guided_diffusion import GuidedDiffusion
+from tests.references import rehearse
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def assert_same(got: Tensor, want: Tensor) -> None:
+    """To 1e-4 of their size: the same sums in another order."""
+    assert got.shape == want.shape
+    assert float((got - want).abs().max() / want.abs().max()) < 1e-4
+
+
+@torch.no_grad()
+def test_jdm_cifar10(tmp_path: Path) -> None:
+    run = rehearse("jdm_cifar10", tmp_path)
+    network = GuidedDiffusion.load(run.model)
+    network(run.pixels(), torch.zeros(4))
+    names = [*(f"input_blocks.{i}" for i in range(16)), "middle_block"]
+    assert [array.name for array in run.store.arrays] == names
+    clean = {name: network.outputs[name].mean((2, 3)) for name in names}
+    for name, want in clean.items():
+        assert_same(run.features(name), want)
+    assert sum(v.shape[1] for v in clean.values()) == 29 * 32
+    network(run.pixels(), torch.full((4,), 50))
+    told = network.outputs["middle_block"].mean((2, 3))
+    assert (run.features("middle_block") - told).abs().max() > 1e-2
+
+
+def semantic(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+    """DiffAE's encoder of two blocks a level, as a function of its state dict."""
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        weight = weights[f"{name}.weight"]
+        return F.group_norm(x, min(32, len(weight)), weight, weights[f"{name}.bias"])
+
+    def conv(name: str, x: Tensor) -> Tensor:
+        kernel = weights[f"{name}.weight"]
+        return F.conv2d(x, kernel, weights[f"{name}.bias"], padding=kernel.shape[-1] // 2)
+
+    def block(name: str, x: Tensor, *, down: bool) -> Tensor:
+        h = F.silu(norm(f"{name}.in_layers.0", x))
+        if down:
+            h, x = (y.unfold(2, 2, 2).unfold(3, 2, 2).mean((4, 5)) for y in (h, x))
+        skip = f"{name}.skip_connection"
+        x = conv(skip, x) if f"{skip}.weight" in weights else x
+        return x + conv(f"{name}.in_layers.2", h)
+
+    def attention(name: str, x: Tensor) -> Tensor:
+        flat = norm(f"{name}.norm", x.flatten(2))
+        qkv = F.conv1d(flat, weights[f"{name}.qkv.weight"], weights[f"{name}.qkv.bias"])
+        q, k, v = qkv.chunk(3, 1)
+        share = torch.softmax(q.transpose(1, 2) @ k / q.shape[1] ** 0.5, dim=2)
+        proj = f"{name}.proj_out"
+        out = F.conv1d(
+            v @ share.transpose(1, 2), weights[f"{proj}.weight"], weights[f"{proj}.bias"]
+        )
+        return x + out.reshape(x.shape)
+
+    n_blocks = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("input_blocks"))
+    x = conv("input_blocks.0.0", x)
+    for i in range(1, n_blocks):
+        x = block(f"input_blocks.{i}.0", x, down=i % 3 == 0)
+        if f"input_blocks.{i}.1.qkv.weight" in weights:
+            x = attention(f"input_blocks.{i}.1", x)
+    x = block("middle_block.0", x, down=False)
+    x = block("middle_block.2", attention("middle_block.1", x), down=False)
+    return conv("out.3", F.silu(norm("out.0", x)).mean((2, 3), keepdim=True)).flatten(1)
+
+
+@torch.no_grad()
+def test_diffae_ffhq256(tmp_path: Path) -> None:
+    run = rehearse("diffae_ffhq256", tmp_path)
+    assert run.pipeline.backbone is not None
+    network = load_backbone(find_model(run.pipeline.backbone), "cpu").network
+    pixels = run.pixels(Image.Resampling.BILINEAR)
+    assert "input_blocks.4.1.qkv.weight" in network.state_dict()  # 16 x 16 attends
+    assert "input_blocks.7.1.qkv.weight" not in network.state_dict()  # 8 x 8 does not
+    assert_same(run.features("z_sem"), semantic(network.state_dict(), pixels))
+    assert run.features("z_sem").shape == (4, 16)
+    (when,) = run.store.times
+    assert (when.alpha, when.sigma) == (1, 0)
+
+
+@torch.no_grad()
+def test_diffae_loads_the_authors_checkpoint(tmp_path: Path) -> None:
+    """`ema_model.encoder.*` of a state dict that holds the whole autoencoder, twice."""
+    torch.manual_seed(7)
+    state = SemanticEncoder(32, 32, (1, 1, 2), n_out=16).state_dict()
+    path = tmp_path / "diffae.safetensors"
+    save_file(
+        {f"ema_model.encoder.{k}": v for k, v in state.items()}
+        | {f"model.encoder.{k}": torch.zeros_like(v) for k, v in state.items()}
+        | {"ema_model.input_blocks.0.0.weight": torch.zeros(1)},
+        path,
+    )
+    model = "python:drl_data.examples.diffae:tiny"
+    run = rehearse(
+        "diffae_ffhq256", tmp_path / "run", backbone=BackboneSpec(model=model, weights=str(path))
+    )
+    assert_same(run.features("z_sem"), semantic(state, run.pixels(Image.Resampling.BILINEAR)))
+
+
+def test_checkpoints_say_what_is_wrong(tmp_path: Path) -> None:
+    def load(**changes: object) -> None:
+        model = "python:drl_data.examples.diffae:tiny"
+        load_backbone(find_model(BackboneSpec.model_validate({"model": model, **changes})), "cpu")
+
+    with pytest.raises(SpecError, match=r"reads its weights from backbone\.weights; give"):
+        load()
+    path = tmp_path / "other.safetensors"
+    save_file({"ema_model.encoder.out.0.weight": torch.zeros(3)}, path)
+    with pytest.raises(WeightsError, match=r"does not fit SemanticEncoder: missing: .*other shape"):
+        load(weights=str(path))
+    with pytest.raises(WeightsError, match="want a safetensors file"):
+        load(weights=str(tmp_path / "none.safetensors"))
+    with pytest.raises(SpecError, match="multiples of 4"):
+        rehearse("diffae_ffhq256", tmp_path / "run", images=ImageSpec(size=30))
+
+
+def test_z_sem_of_the_published_encoders_has_512_numbers() -> None:
+    sizes = {"ffhq256": (256, 4), "ffhq128": (128, 4), "celeba64": (64, 4)}
+    for factory, (side, last) in sizes.items():
+        spec = BackboneSpec(model=f"python:drl_data.examples.diffae:{factory}", init="random")
+        backbone = load_backbone(find_model(spec), "meta")
+        taps = backbone.resolve([TapSpec(path="out"), TapSpec(path="middle_block")])
+        arrays = backbone.arrays(taps, ImageSpec(size=side), ConditionSpec(), CLEAN, "float32")
+        assert [array.shape for array in arrays] == [(512,), (512, last, last)]
+
+
+def planned(name: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of a recipe's arrays with its real model, without weights."""
+    recipe = Pipeline.load(find_recipe(name))
+    assert recipe.backbone is not None
+    backbone = load_backbone(find_model(recipe.backbone, structure_only=True), "meta")
+    taps = backbone.resolve(recipe.taps)
+    arrays = backbone.arrays(taps, recipe.images, recipe.condition, CLEAN, recipe.features.dtype)
+    return {array.name: array.shape for array in arrays}
+
+
+def test_joint_diffusion_has_its_29_times_the_width() -> None:
+    shapes = planned("jdm_cifar10")
+    assert sum(channels for (channels,) in shapes.values()) == 29 * 128
+    assert len(shapes) == 17
