@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from drl_data.errors import DrlDataError, UserError
     from drl_data.executors import Outcome, run_local, run_ray
     from drl_data.extract import ExtractTask, make_task
+    from drl_data.fitting import pixel_map
     from drl_data.index import SampleIndex, build_index
     from drl_data.plan import Unit, estimate, plan_units
     from drl_data.runs import extract, prepare
@@ -39,6 +40,7 @@ _HOME = {
     "extract": "runs",
     "load_backbone": "backbones",
     "make_task": "extract",
+    "pixel_map": "fitting",
     "plan_units": "plan",
     "prepare": "runs",
     "run_local": "executors",
@@ -64,6 +66,7 @@ __all__ = [
     "extract",
     "load_backbone",
     "make_task",
+    "pixel_map",
     "plan_units",
     "prepare",
     "run_local",

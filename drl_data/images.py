@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from drl_data.errors import ImageError, InputError, ObjectNotFoundError
+from drl_data.fitting import FILTERS, check_n_pixels, fitted
 from drl_data.index import SampleIndex, TarInfo
 from drl_data.objects import Buffer, Folder, open_parent
 from drl_data.plan import InvalidRow, Unit
@@ -45,14 +46,6 @@ _TRANSPOSES = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "box": Image.Resampling.BOX,
-    "bilinear": Image.Resampling.BILINEAR,
-    "hamming": Image.Resampling.HAMMING,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
 
 
 # --- one image ----------------------------------------------------------------------------------
@@ -62,12 +55,12 @@ def decode_image(data: Buffer, spec: ImageSpec) -> np.ndarray:
     """Pixels uint8 [c, h, w], C-contiguous, of one JPEG, PNG, WebP, BMP, TIFF or GIF.
 
     In this order: EXIF orientation, 16 bits to 8 (65535 to 255, rounded), `background` under
-    transparent pixels, RGB or L, resize, centre crop. Of an animation the first frame.
+    transparent pixels, RGB or L, resize, centre crop or padding. Of an animation the first frame.
 
     Raises:
         ImageError: at stage `decode`, whatever is wrong with these bytes.
     """
-    return _decode(data, spec, lambda image: _as_chw(_fitted(image, spec), spec))
+    return _decode(data, spec, lambda image: _as_chw(fitted(image, spec), spec))
 
 
 def displayed_size(data: Buffer) -> tuple[int, int]:
@@ -100,7 +93,7 @@ def _decode(
 ) -> np.ndarray:
     try:
         image = _open(data)
-        _check_n_pixels(image.size, spec)
+        check_n_pixels((image.height, image.width), spec)
         image.load()
         return finish(_flattened(_upright(image), spec))
     except (ImageError, MemoryError):
@@ -119,11 +112,11 @@ def _views(image: Image.Image, spec: ImageSpec, key: str) -> Iterator[np.ndarray
     for view in spec.views:
         if isinstance(view, CropViews):
             for number in range(view.n):
-                crop = seeded_crop(image, spec.size, _FILTERS[spec.filter], view, number, key)
+                crop = seeded_crop(image, spec.size, FILTERS[spec.filter], view, number, key)
                 yield _as_chw(crop, spec)
             continue
         if whole is None:
-            whole = _as_chw(_fitted(image, spec), spec)
+            whole = _as_chw(fitted(image, spec), spec)
         yield whole if view == "id" else whole[..., ::-1]
 
 
@@ -148,16 +141,6 @@ def _open(data: Buffer) -> Image.Image:
     raise ImageError(
         "decode", f"begins with {prefix!r}, which is none of {', '.join(_FORMATS)}; convert it"
     )
-
-
-def _check_n_pixels(size: tuple[int, int], spec: ImageSpec) -> None:
-    width, height = size
-    if width * height > spec.max_pixels:
-        raise ImageError(
-            "decode",
-            f"{height} x {width} = {height * width} pixels, want at most {spec.max_pixels}; raise "
-            "images.max_pixels if it is no decompression bomb",
-        )
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -194,26 +177,6 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         return grey
     alpha = Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
     return Image.merge("LA", (grey, alpha))
-
-
-def _fitted(image: Image.Image, spec: ImageSpec) -> Image.Image:
-    """Resized and cropped to exactly the size of the spec."""
-    height, width = spec.size
-    if image.size == (width, height):
-        return image
-    if spec.resize == "none":
-        raise ImageError(
-            "decode",
-            f"{image.height} x {image.width} pixels, want {height} x {width} (images.resize: none)",
-        )
-    if spec.resize == "stretch":
-        return image.resize((width, height), _FILTERS[spec.filter])
-    scale = max(height / image.height, width / image.width)
-    scaled = (round(image.width * scale), round(image.height * scale))
-    _check_n_pixels(scaled, spec)  # one pixel by thousands grows by its aspect
-    image = image.resize(scaled, _FILTERS[spec.filter])
-    left, top = (scaled[0] - width) // 2, (scaled[1] - height) // 2
-    return image.crop((left, top, left + width, top + height))
 
 
 # --- the images of a unit -----------------------------------------------------------------------

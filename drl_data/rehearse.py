@@ -9,8 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
+
+from drl_data.backbones import find_model, load_backbone
+from drl_data.backbones.latent import LatentTextBackbone
+from drl_data.backbones.text import MASK
 from drl_data.errors import SpecError
-from drl_data.spec import Pipeline, TinySpec
+from drl_data.noise import draw_normal
+from drl_data.spec import BackboneSpec, Pipeline, TinySpec
 from drl_data.testing import write_photo_tars
 from drl_data.tiny_models import save_tiny
 
@@ -32,17 +39,21 @@ def rehearsal(pipeline: Pipeline, folder: Path, *, n_samples: int = N_SAMPLES) -
             "model, for example `tiny: {model: stable_diffusion, images: {size: 64}}`"
         )
     model = tiny.model
+    backbone: dict[str, object] = {"revision": None, "variant": None, "dtype": "float32"}
     if not model.startswith("python:"):
-        model = str(save_tiny(model, folder / "model", **tiny.network))
+        model = str(save_tiny(tiny.model, folder / "model", vae=tiny.vae, **tiny.network))
+        if pipeline.backbone is not None and pipeline.backbone.weights is not None:
+            backbone["weights"] = str(_other_weights(tiny, folder / "weights"))
+    condition: dict[str, object] = {}
+    if pipeline.condition.prompt_embeddings is not None:
+        condition["prompt_embeddings"] = str(_embeddings(model, folder / "embeddings.safetensors"))
     write_photo_tars(folder / "photos", n_samples=n_samples, n_tars=2, size=PHOTO_SIZE)
-    backbone = {"model": model, "revision": None, "variant": None, "dtype": "float32"}
-    if pipeline.backbone is not None and pipeline.backbone.weights is not None:
-        backbone["weights"] = None
     changed = merged(
         pipeline.model_dump(exclude_unset=True, exclude={"tiny"}),
         {
             **{name: getattr(tiny, name) for name in TinySpec.SECTIONS},
-            "backbone": {**backbone, **tiny.backbone},
+            "backbone": {"model": model, **backbone, **tiny.backbone},
+            "condition": {**condition, **tiny.condition},
             "features": {"batch_size": 4, "rows_per_unit": 4, **tiny.features},
             "store": {"url": str(folder / "features.zarr")},
             "run": {"executor": "local"},
@@ -61,6 +72,35 @@ def rehearsal(pipeline: Pipeline, folder: Path, *, n_samples: int = N_SAMPLES) -
         {**changed, "taps": taps, "dataset": dataset},
         f"pipeline {pipeline.name!r} with its section `tiny`",
     )
+
+
+def _other_weights(tiny: TinySpec, folder: Path) -> Path:
+    """The denoiser's weights of the same tiny model from another seed."""
+    save_tiny(tiny.model, folder, vae=tiny.vae, **{"seed": 1, **tiny.network})
+    found = [
+        file
+        for place in ("unet", "transformer", ".")
+        for file in sorted((folder / place).glob("*.safetensors"))
+    ]
+    if not found:
+        raise SpecError(f"tiny model {tiny.model!r} has no weights that others could replace")
+    return found[0]
+
+
+def _embeddings(model: str, file: Path, *, n_tokens: int = 7) -> Path:
+    """Random numbers in place of the prompt embeddings of a text backbone, as many as it takes."""
+    backbone = load_backbone(find_model(BackboneSpec(model=model)), "meta")
+    if not isinstance(backbone, LatentTextBackbone):
+        raise SpecError("condition.prompt_embeddings: the tiny model takes no text")
+    save_file(
+        {
+            name: torch.from_numpy(draw_normal(shape, "rehearsal", name))
+            for name, shape in backbone.text_shapes(n_tokens).items()
+            if name != MASK  # without one nothing is hidden
+        },
+        file,
+    )
+    return file
 
 
 def merged(whole: Mapping[str, object], change: Mapping[str, object]) -> dict[str, object]:

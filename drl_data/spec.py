@@ -102,6 +102,10 @@ def _size_pair(value: object) -> object:
     return (value, value) if isinstance(value, int) else value
 
 
+Channel = Annotated[int, Field(ge=0, le=255)]
+"""One channel of a colour."""
+
+
 class CropViews(Spec):
     """`n` views of random crops, resized to the size of the images (Szegedy et al. 2015, as
     torchvision's RandomResizedCrop), and flipped with probability one half.
@@ -132,13 +136,17 @@ class ImageSpec(Spec):
     """From bytes to pixels [c, h, w] uint8: decode, orient, composite, resize, crop.
 
     `resize: shortest` scales the shorter side to the target and keeps the aspect (then `crop:
-    center` cuts the rest), `stretch` scales both sides, `none` demands the exact size. Filters are
-    Pillow's, which antialias when they shrink.
+    center` cuts the rest), `pad` scales the longer side, keeps the aspect, centres the image and
+    fills the rest (sd-dino, GeoAware-SC), `stretch` scales both sides, `none` demands the exact
+    size. Filters are Pillow's, which antialias when they shrink. Where a pixel of the original ends
+    up is in fitting.py.
     """
 
     size: Annotated[SizePair, BeforeValidator(_size_pair)]
     """Height and width in pixels, or one number for both."""
-    resize: Literal["shortest", "stretch", "none"] = "shortest"
+    resize: Literal["shortest", "stretch", "none", "pad"] = "shortest"
+    fill: Literal["edge"] | tuple[Channel, Channel, Channel] = (0, 0, 0)
+    """What `pad` fills with: a colour, RGB 0..255, or the nearest pixels of the image."""
     filter: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = "bicubic"
     mode: Literal["RGB", "L"] = "RGB"
     background: tuple[int, int, int] = (255, 255, 255)
@@ -155,6 +163,12 @@ class ImageSpec(Spec):
     views: tuple[Literal["id", "hflip"] | CropViews, ...] = ()
     """Views of each image that features are computed of: `id` (the image), `hflip` (mirrored), and
     crops. With any, the store has an axis `view`, in this order; without, none."""
+
+    @model_validator(mode="after")
+    def _fill_where_there_is_a_rest(self) -> ImageSpec:
+        if self.resize != "pad" and self.fill != (0, 0, 0):
+            raise ValueError(f"fill has a meaning with resize: pad only, not {self.resize}")
+        return self
 
     @model_validator(mode="after")
     def _views_once(self) -> ImageSpec:
@@ -476,11 +490,15 @@ class ScheduleSpec(Spec):
     @model_validator(mode="after")
     def _steps_where_they_count(self) -> ScheduleSpec:
         stepped = self.convention in STEPPED
-        n_steps = None if self.convention == "edm_index" else self.n_steps
-        if not stepped and (n_steps or self.scheduler or self.scheduler_config):
+        if not stepped and (self.scheduler or self.scheduler_config):
             raise ValueError(
-                f"n_steps, scheduler and scheduler_config have no meaning with {self.convention}; "
-                f"they belong to {', '.join(STEPPED)}, and n_steps to edm_index"
+                f"scheduler and scheduler_config have no meaning with {self.convention}; they "
+                f"belong to {', '.join(STEPPED)}"
+            )
+        if self.n_steps and not stepped and self.convention != "edm_index":
+            raise ValueError(
+                f"n_steps has no meaning with {self.convention}; it belongs to edm_index, "
+                f"{', '.join(STEPPED)}"
             )
         if self.n_steps is None and self.convention in ("scheduler_position", "generation_label"):
             raise ValueError(f"convention {self.convention} needs n_steps, the scheduler's steps")
@@ -881,13 +899,16 @@ class TinySpec(Spec):
     """What a pipeline has otherwise on a tiny random model of its family (`drl try`).
 
     `model` is a family of tiny_models.py, or `python:package.module:factory`; `network` overrides
-    its configuration. The sections are partial: what they leave out stays as the pipeline has it.
+    its configuration. The sections are partial: what they leave out stays as the pipeline has it,
+    but weights and prompt embeddings that the pipeline reads from files become random ones.
     """
 
     SECTIONS: ClassVar[tuple[str, ...]] = ("images", "latents", "condition", "schedule", "noise")
 
     model: str
     network: dict[str, JsonValue] = {}
+    vae: dict[str, JsonValue] = {}
+    """The same of its VAE, for taps inside that."""
     taps: dict[str, str] = {}
     """Path of a tap in the pipeline -> path in the tiny model, where that one is shallower."""
     backbone: dict[str, JsonValue] = {}

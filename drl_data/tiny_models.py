@@ -7,6 +7,7 @@ reads; `config` overrides the network's configuration, so that deep taps exist.
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import string
 from collections.abc import Callable, Mapping
@@ -22,22 +23,27 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 
-def save_tiny(family: str, folder: Path, **config: object) -> Path:
-    """A tiny model of a family, one of `FAMILIES`, in `folder`.
+def save_tiny(
+    family: str, folder: Path, *, vae: Mapping[str, object] | None = None, **config: object
+) -> Path:
+    """A tiny model of a family, one of `FAMILIES`, in `folder`; `vae` overrides its VAE's
+    configuration as `config` the network's.
 
     Raises:
-        SpecError: if there is no such family, naming the nearest.
+        SpecError: if there is no such family, naming the nearest; or `vae` of one without.
     """
     make = FAMILIES.get(family)
     if make is None:
         near = difflib.get_close_matches(family, FAMILIES, n=3, cutoff=0.3)
         raise SpecError(f"no tiny model {family!r}; nearest: {', '.join(near or FAMILIES)}")
+    if vae and "vae" not in inspect.signature(make).parameters:
+        raise SpecError(f"tiny model {family!r} has no VAE to configure; leave out tiny.vae")
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging
 
     for library in (diffusers_logging, logging):
         library.disable_progress_bar()  # of saving one small file
-    return make(folder, **config)
+    return make(folder, **config, **({"vae": vae} if vae else {}))
 
 
 def save_tiny_ddpm(
@@ -65,7 +71,9 @@ def save_tiny_ddpm(
     return folder
 
 
-def save_tiny_stable_diffusion(folder: Path, *, seed: int = 0, **config: object) -> Path:
+def save_tiny_stable_diffusion(
+    folder: Path, *, seed: int = 0, vae: Mapping[str, object] | None = None, **config: object
+) -> Path:
     """The folder of a Stable Diffusion pipeline: unet, vae, text_encoder, tokenizer, scheduler."""
     from diffusers import PNDMScheduler, UNet2DConditionModel
 
@@ -85,7 +93,7 @@ def save_tiny_stable_diffusion(folder: Path, *, seed: int = 0, **config: object)
             **config,
         }
     ).save_pretrained(folder / "unet")
-    _tiny_vae().save_pretrained(folder / "vae")
+    _tiny_vae(4, vae).save_pretrained(folder / "vae")
     PNDMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True
     ).save_pretrained(folder / "scheduler")
@@ -93,7 +101,9 @@ def save_tiny_stable_diffusion(folder: Path, *, seed: int = 0, **config: object)
     return folder
 
 
-def save_tiny_dit(folder: Path, *, seed: int = 0, **config: object) -> Path:
+def save_tiny_dit(
+    folder: Path, *, seed: int = 0, vae: Mapping[str, object] | None = None, **config: object
+) -> Path:
     """The folder of a DiT pipeline: transformer, vae, scheduler; 10 classes and the null class."""
     from diffusers import DDIMScheduler, DiTTransformer2DModel
 
@@ -116,7 +126,7 @@ def save_tiny_dit(folder: Path, *, seed: int = 0, **config: object) -> Path:
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.1)
     network.save_pretrained(folder / "transformer")
-    _tiny_vae().save_pretrained(folder / "vae")
+    _tiny_vae(4, vae).save_pretrained(folder / "vae")
     DDIMScheduler().save_pretrained(folder / "scheduler")
     return folder
 
@@ -203,7 +213,9 @@ def save_tiny_encoder(
     return folder
 
 
-def save_tiny_sdxl(folder: Path, *, seed: int = 0, **config: object) -> Path:
+def save_tiny_sdxl(
+    folder: Path, *, seed: int = 0, vae: Mapping[str, object] | None = None, **config: object
+) -> Path:
     """The folder of an SDXL pipeline: two CLIPs, the UNet told the image size."""
     from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 
@@ -228,7 +240,7 @@ def save_tiny_sdxl(folder: Path, *, seed: int = 0, **config: object) -> Path:
             **config,
         }
     ).save_pretrained(folder / "unet")
-    _tiny_vae().save_pretrained(folder / "vae")
+    _tiny_vae(4, vae).save_pretrained(folder / "vae")
     EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
     ).save_pretrained(folder / "scheduler")
@@ -237,7 +249,9 @@ def save_tiny_sdxl(folder: Path, *, seed: int = 0, **config: object) -> Path:
     return folder
 
 
-def save_tiny_pixart(folder: Path, *, seed: int = 0, **config: object) -> Path:
+def save_tiny_pixart(
+    folder: Path, *, seed: int = 0, vae: Mapping[str, object] | None = None, **config: object
+) -> Path:
     """The folder of a PixArt-alpha pipeline with T5; the transformer is told size and aspect."""
     from diffusers import DPMSolverMultistepScheduler, PixArtTransformer2DModel
 
@@ -259,13 +273,15 @@ def save_tiny_pixart(folder: Path, *, seed: int = 0, **config: object) -> Path:
         }
     )
     network.save_pretrained(folder / "transformer")
-    _tiny_vae().save_pretrained(folder / "vae")
+    _tiny_vae(4, vae).save_pretrained(folder / "vae")
     DPMSolverMultistepScheduler().save_pretrained(folder / "scheduler")
     _save_tiny_t5(folder, "")
     return folder
 
 
-def save_tiny_sd3(folder: Path, *, seed: int = 0, **config: object) -> Path:
+def save_tiny_sd3(
+    folder: Path, *, seed: int = 0, vae: Mapping[str, object] | None = None, **config: object
+) -> Path:
     """The folder of an SD3 pipeline: two CLIPs, T5, latents of 16 channels with a shift."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
@@ -288,7 +304,7 @@ def save_tiny_sd3(folder: Path, *, seed: int = 0, **config: object) -> Path:
             **config,
         }
     ).save_pretrained(folder / "transformer")
-    _tiny_vae(16, scaling_factor=1.5305, shift_factor=0.0609).save_pretrained(folder / "vae")
+    _tiny_vae(16, vae, scaling_factor=1.5305, shift_factor=0.0609).save_pretrained(folder / "vae")
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
     _save_tiny_clip(folder, "", projection=24, width=16)
     _save_tiny_clip(folder, "_2", projection=16, width=16)
@@ -296,7 +312,9 @@ def save_tiny_sd3(folder: Path, *, seed: int = 0, **config: object) -> Path:
     return folder
 
 
-def save_tiny_flux(folder: Path, *, seed: int = 0, **config: object) -> Path:
+def save_tiny_flux(
+    folder: Path, *, seed: int = 0, vae: Mapping[str, object] | None = None, **config: object
+) -> Path:
     """The folder of a Flux-dev pipeline: CLIP, T5, two double and two single blocks, guidance."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
@@ -315,7 +333,7 @@ def save_tiny_flux(folder: Path, *, seed: int = 0, **config: object) -> Path:
             **config,
         }
     ).save_pretrained(folder / "transformer")
-    _tiny_vae(16, scaling_factor=0.3611, shift_factor=0.1159).save_pretrained(folder / "vae")
+    _tiny_vae(16, vae, scaling_factor=0.3611, shift_factor=0.1159).save_pretrained(folder / "vae")
     FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(folder / "scheduler")
     _save_tiny_clip(folder, "")
     _save_tiny_t5(folder, "_2")
@@ -378,19 +396,26 @@ def save_tiny_sana(folder: Path, *, seed: int = 0, **config: object) -> Path:
 
 
 def _tiny_vae(
-    channels: int = 4, *, scaling_factor: float = 0.18215, shift_factor: float | None = None
+    channels: int,
+    config: Mapping[str, object] | None,
+    *,
+    scaling_factor: float = 0.18215,
+    shift_factor: float | None = None,
 ) -> AutoencoderKL:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=channels,
-        norm_num_groups=4,
-        sample_size=16,
-        scaling_factor=scaling_factor,
-        shift_factor=shift_factor,
+        **{
+            "block_out_channels": (8, 16),
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+            "latent_channels": channels,
+            "norm_num_groups": 4,
+            "sample_size": 16,
+            "scaling_factor": scaling_factor,
+            "shift_factor": shift_factor,
+            **(config or {}),
+        }
     )
 
 

@@ -188,6 +188,8 @@ def reference(image: Image.Image, spec: ImageSpec) -> np.ndarray:
     filter = Image.Resampling[spec.filter.upper()]
     if spec.resize == "stretch":
         return chw(image.resize((width, height), filter))
+    if spec.resize == "pad":
+        return padded(image, spec, filter)
     scale = max(width / image.width, height / image.height)
     large = image.resize(
         (max(width, round(image.width * scale)), max(height, round(image.height * scale))), filter
@@ -196,25 +198,50 @@ def reference(image: Image.Image, spec: ImageSpec) -> np.ndarray:
     return chw(large)[:, top : top + height, left : left + width]
 
 
+def padded(image: Image.Image, spec: ImageSpec, filter: Image.Resampling) -> np.ndarray:
+    """As sd-dino and GeoAware-SC do: the longer side to the target, the image in the middle."""
+    height, width = spec.size
+    scale = min(width / image.width, height / image.height)
+    small = chw(
+        image.resize((max(round(image.width * scale), 1), max(round(image.height * scale), 1)),
+                     filter)
+    )  # fmt: skip
+    rest = height - small.shape[1], width - small.shape[2]
+    sides = [(0, 0)] + [(n // 2, n - n // 2) for n in rest]
+    if spec.fill == "edge":
+        return np.pad(small, sides, mode="edge")
+    inside = np.pad(np.ones_like(small, bool), sides)
+    colour = chw(Image.new("RGB", (1, 1), spec.fill).convert(spec.mode))
+    return np.where(inside, np.pad(small, sides), colour).astype(np.uint8)
+
+
 @given(
     height=st.integers(1, 40),
     width=st.integers(1, 40),
     size=st.tuples(st.integers(1, 24), st.integers(1, 24)),
-    resize=st.sampled_from(["shortest", "stretch"]),
+    resize=st.sampled_from(["shortest", "stretch", "pad"]),
+    fill=st.sampled_from(["edge", (0, 0, 0), (255, 3, 40)]),
     filter=st.sampled_from(["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]),
     mode=st.sampled_from(["RGB", "L"]),
 )
 @settings(deadline=None, max_examples=150)
 def test_resize_and_crop(
-    height: int, width: int, size: tuple[int, int], resize: str, filter: str, mode: str
+    height: int,
+    width: int,
+    size: tuple[int, int],
+    resize: str,
+    fill: object,
+    filter: str,
+    mode: str,
 ) -> None:
     image = random_image("RGB", height, width)
-    spec = spec_of(size, resize=resize, filter=filter, mode=mode)
+    rest = {"fill": fill} if resize == "pad" else {}
+    spec = spec_of(size, resize=resize, filter=filter, mode=mode, **rest)
     np.testing.assert_array_equal(decode_image(encode(image, "BMP"), spec), reference(image, spec))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1), (2000, 7), (7, 2000)])
-@pytest.mark.parametrize("resize", ["shortest", "stretch"])
+@pytest.mark.parametrize("resize", ["shortest", "stretch", "pad"])
 def test_odd_shapes(shape: tuple[int, int], resize: str) -> None:
     image = random_image("RGB", *shape)
     spec = spec_of((16, 24), resize=resize)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from drl_data.cli import app
@@ -12,6 +15,7 @@ from drl_data.errors import SpecError
 from drl_data.recipes import find_recipe
 from drl_data.rehearse import merged, rehearsal
 from drl_data.spec import Pipeline
+from drl_data.tiny_models import save_tiny
 
 RECIPE = find_recipe("dift_sd21_spair")
 
@@ -61,3 +65,38 @@ def test_try_shows_what_comes_out(tmp_path: Path) -> None:
     assert "16x16x16" in result.output
     assert "6 photographs x 1 timesteps through a tiny random stable_diffusion" in result.output
     assert (tmp_path / "features.zarr").is_dir()
+
+
+def test_files_that_a_pipeline_reads_become_random_ones(tmp_path: Path) -> None:
+    clean = rehearsal(Pipeline.load(find_recipe("cleandift_sd21")), tmp_path / "weights")
+    assert clean.backbone is not None
+    assert clean.backbone.weights is not None
+    other = load_file(clean.backbone.weights)
+    own = load_file(Path(clean.backbone.model) / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {k: v.shape for k, v in other.items()} == {k: v.shape for k, v in own.items()}
+    assert not torch.equal(other["conv_in.weight"], own["conv_in.weight"])
+    told = rehearsal(Pipeline.load(find_recipe("sd4match_sd21_spair")), tmp_path / "embeddings")
+    assert told.condition.prompt_embeddings is not None
+    (embeddings,) = load_file(told.condition.prompt_embeddings).values()
+    assert embeddings.shape == (7, 24)  # the tiny network's width of text
+    recipe = Pipeline.load(find_recipe("sd4match_sd21_spair"))
+    assert recipe.tiny is not None
+    without = recipe.tiny.model_copy(update={"condition": {"prompt_embeddings": None}})
+    plain = rehearsal(recipe.model_copy(update={"tiny": without}), tmp_path / "without")
+    assert plain.condition.prompt_embeddings is None
+
+
+def test_embeddings_for_a_model_without_text(tmp_path: Path) -> None:
+    recipe = Pipeline.load(find_recipe("sd4match_sd21_spair"))
+    assert recipe.tiny is not None
+    other = recipe.tiny.model_copy(update={"model": "dinov2", "network": {}})
+    with pytest.raises(SpecError, match="prompt_embeddings: the tiny model takes no text"):
+        rehearsal(recipe.model_copy(update={"tiny": other}), tmp_path)
+
+
+def test_a_tiny_vae_may_be_deeper(tmp_path: Path) -> None:
+    rehearsal(Pipeline.load(find_recipe("odise_sd13")), tmp_path)
+    config = json.loads((tmp_path / "model" / "vae" / "config.json").read_text())
+    assert (config["block_out_channels"], config["layers_per_block"]) == ([4, 8, 8, 8], 2)
+    with pytest.raises(SpecError, match="'dinov2' has no VAE to configure"):
+        save_tiny("dinov2", tmp_path / "other", vae={"layers_per_block": 2})
