@@ -770,8 +770,9 @@ class TinySpec(Spec):
 
     model: str
     network: dict[str, JsonValue] = {}
-    taps: dict[str, str] = {}
-    """Path of a tap in the pipeline -> path in the tiny model, where that one is shallower."""
+    taps: dict[str, Tap] = {}
+    """Path of a tap in the pipeline -> path in the tiny model, where that one is shallower, and
+    other reductions where that one is narrower."""
     backbone: dict[str, JsonValue] = {}
     images: dict[str, JsonValue] = {}
     latents: dict[str, JsonValue] = {}
