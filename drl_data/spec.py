@@ -275,6 +275,12 @@ class ConditionSpec(Spec):
     class_label: int | Literal["null", "label"] = "null"
     guidance: float = 3.5
     """Guidance scale that guidance-distilled models are told (Flux-dev); others ignore it."""
+    t5_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Tokens that T5's text is cut or padded to; default: what diffusers' pipelines have (SD3 256,
+    Flux 512). Seg4Diff has 77, the authors' own Flux-schnell 256."""
+    t5: bool = True
+    """`false` has zeros where T5's states would be, as SD3's pipeline without its third encoder
+    (Seg4Diff)."""
 
     @model_validator(mode="after")
     def _one_text(self) -> ConditionSpec:
@@ -287,6 +293,8 @@ class ConditionSpec(Spec):
             raise ValueError(f"{' and '.join(names)}: want one of them")
         if self.template is not None and "{label}" not in self.template:
             raise ValueError(f"template {self.template!r} has no {{label}}; write it as prompt")
+        if self.prompt_embeddings and (self.t5_tokens is not None or not self.t5):
+            raise ValueError("t5_tokens and t5 have no meaning with prompt_embeddings")
         return self
 
     @property

@@ -120,7 +120,7 @@ def test_defaults_never_change() -> None:
         (LatentSpec(), {"posterior": "sample", "scale": True, "per_member": True}),
         (ConditionSpec(), {
             "prompt": "", "template": None, "caption": False, "prompt_embeddings": None,
-            "class_label": "null", "guidance": 3.5,
+            "class_label": "null", "guidance": 3.5, "t5_tokens": None, "t5": True,
         }),
         (ScheduleSpec(timesteps=(0,)), {
             "convention": "ddpm_index", "condition_at": "same", "n_steps": None,

@@ -475,3 +475,13 @@ def refuse_text(spec: ConditionSpec, family: str) -> None:
     """Raise SpecError if a model without text input is given a prompt."""
     if spec.prompt or spec.prompt_embeddings or spec.template or spec.caption:
         raise SpecError(f"condition.prompt: {family} takes no text; leave it out")
+    refuse_t5(spec, family)
+
+
+def refuse_t5(spec: ConditionSpec, family: str) -> None:
+    """Raise SpecError if a model whose text has one form is asked for another."""
+    if spec.t5_tokens is not None or not spec.t5:
+        raise SpecError(
+            f"condition.t5 and t5_tokens: {family} has no say in them, only SD3 and Flux; leave "
+            "them out"
+        )

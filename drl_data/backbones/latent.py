@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from drl_data.backbones.backbone import Backbone, Conditioning, Posterior
+from drl_data.backbones.backbone import Backbone, Conditioning, Posterior, refuse_t5
 from drl_data.backbones.text import MASK, TextEncoders, read_embeddings
 from drl_data.backbones.vae import decode_latents, encode_latents
 from drl_data.errors import SpecError
@@ -29,6 +29,9 @@ class LatentTextBackbone(Backbone):
     TOLD: ClassVar[Mapping[str, str]]
     """Name of each embedding in a file (`prompt_embeds` ...) and in the network's forward."""
 
+    T5_TOKENS: ClassVar[int | None] = None
+    """T5's tokens where the condition does not say how many; None where it cannot say."""
+
     def __init__(
         self,
         network: nn.Module,
@@ -46,7 +49,7 @@ class LatentTextBackbone(Backbone):
         """Shape of each embedding of a prompt of `n_tokens` tokens, by its name in a file."""
 
     @abstractmethod
-    def n_prompt_tokens(self) -> int:
+    def n_prompt_tokens(self, spec: ConditionSpec) -> int:
         """Tokens of what `encode_prompt` gives, known without loading an encoder.
 
         Raises:
@@ -54,8 +57,8 @@ class LatentTextBackbone(Backbone):
         """
 
     @abstractmethod
-    def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
-        """Embeddings of a prompt, named and shaped as `text_shapes` says.
+    def encode_prompt(self, spec: ConditionSpec) -> dict[str, Tensor]:
+        """Embeddings of `spec.prompt`, named and shaped as `text_shapes` says.
 
         Raises:
             WeightsError: if the model has no text encoders.
@@ -71,6 +74,8 @@ class LatentTextBackbone(Backbone):
         assert not spec.per_sample
         if spec.class_label != "null":
             raise SpecError("condition.class_label: this model takes a prompt, not a class")
+        if self.T5_TOKENS is None:
+            refuse_t5(spec, type(self.network).__name__)
         named = self._embeddings(spec)
         told = {
             self.TOLD[name]: tensor.to(
@@ -88,6 +93,6 @@ class LatentTextBackbone(Backbone):
         if spec.prompt_embeddings is not None:
             return read_embeddings(spec.prompt_embeddings, self.text_shapes(0))
         if self.device.type != "meta":
-            return self.encode_prompt(spec.prompt)
-        shapes = self.text_shapes(self.n_prompt_tokens())
+            return self.encode_prompt(spec)
+        shapes = self.text_shapes(self.n_prompt_tokens(spec))
         return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
