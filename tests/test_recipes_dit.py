@@ -6,16 +6,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDPMScheduler,
+    DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from diffusers.models.embeddings import Timesteps
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
@@ -30,10 +34,15 @@ from transformers import (
 from drl_data.backbones import find_model, load_backbone
 from drl_data.errors import SpecError
 from drl_data.examples.concept_attention import tiny_folder
+from drl_data.noise import draw_normal
 from drl_data.spec import BackboneSpec, ConditionSpec
-from tests.references import Rehearsed, hooked, hooked_inputs, rehearse
+from drl_data.views import seeded_crop
+from tests.references import Rehearsed, hooked, hooked_inputs, planned_shapes, rehearse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+N_T5 = 16
+"""Tokens of T5 in rehearsals of Flux, whose real pipelines have 512, and 256 of schnell."""
 
 
 def t5_states(model: Path, prompts: Sequence[str], n_tokens: int) -> Tensor:
@@ -71,12 +80,12 @@ def clip_pooled(model: Path, prompts: Sequence[str]) -> Tensor:
 class Flux:
     """A tiny Flux of a rehearsal, called as the pipeline of diffusers calls it."""
 
-    def __init__(self, run: Rehearsed, prompts: Sequence[str], n_tokens: int = 512) -> None:
+    def __init__(self, run: Rehearsed, prompts: Sequence[str]) -> None:
         model = run.model
         self.run = run
         self.transformer = FluxTransformer2DModel.from_pretrained(model / "transformer").eval()
         self.vae = AutoencoderKL.from_pretrained(model / "vae").eval()
-        self.states = t5_states(model, prompts, n_tokens)
+        self.states = t5_states(model, prompts, N_T5)
         self.pooled = clip_pooled(model, prompts)
         resample = {"bilinear": Image.Resampling.BILINEAR}.get(run.pipeline.images.filter)
         self.posterior = self.vae.encode(run.pixels(*([resample] if resample else []))).latent_dist
@@ -145,7 +154,7 @@ def test_ditf_flux_spair(tmp_path: Path) -> None:
     # Without discarding, and of one draw, it is what the block's own norm puts out.
     flux(flux.noisy(0.26), 0.26)
     raw = inputs[block]["hidden_states"]
-    normed = kept[f"{block}.norm"][0][:, 512:]
+    normed = kept[f"{block}.norm"][0][:, N_T5:]
     torch.testing.assert_close(ditf_by_hand(raw, linear, ()), normed, atol=1e-5, rtol=1e-5)
     # To average after the norm would not be the same.
     late = ensemble(
@@ -246,7 +255,7 @@ def test_seg4diff_sd3(tmp_path: Path) -> None:
 def test_concept_attention_flux(tmp_path: Path) -> None:
     run = replace(rehearse("concept_attention_flux", tmp_path), model=tiny_folder())
     concepts = ["background", "temple", "flower", "sky"]
-    flux = Flux(run, [""] * 4, n_tokens=256)
+    flux = Flux(run, [""] * 4)
     flux.pooled = torch.zeros_like(flux.pooled)
     blocks = [f"transformer_blocks.{i}" for i in range(19)]
     inputs = hooked_inputs(flux.transformer, *blocks, *(f"{b}.attn.to_out.0" for b in blocks))
@@ -254,7 +263,7 @@ def test_concept_attention_flux(tmp_path: Path) -> None:
     flux(flux.noisy(0.5), 0.5)
 
     # The stream of concepts, after the forward: it reads the image's, which does not know of it.
-    states = t5_states(run.model, concepts, 256)[:, 0]
+    states = t5_states(run.model, concepts, N_T5)[:, 0]
     state = flux.transformer.context_embedder(states[None].expand(4, -1, -1))
     ids = FluxPipeline._prepare_latent_image_ids(4, 8, 8, "cpu", torch.float32)
     cos, sin = flux.transformer.pos_embed(torch.cat([torch.zeros(4, 3), ids]))
@@ -324,3 +333,147 @@ def test_concepts_leave_flux_as_it_is(tmp_path: Path) -> None:
     assert torch.equal(got, FluxPipeline._unpack_latents(want, 32, 32, 4))
     with pytest.raises(SpecError, match="want concepts, separated by commas"):
         backbone.conditioning(ConditionSpec())
+
+
+class DiT:
+    """A tiny DiT of a rehearsal, its sinusoids as Peebles and Xie's code has them."""
+
+    def __init__(self, run: Rehearsed) -> None:
+        self.run = run
+        self.transformer = DiTTransformer2DModel.from_pretrained(run.model / "transformer").eval()
+        for module in self.transformer.modules():
+            if isinstance(module, Timesteps):
+                assert module.downscale_freq_shift == 1
+                module.downscale_freq_shift = 0
+        self.vae = AutoencoderKL.from_pretrained(run.model / "vae").eval()
+        # linear betas from 1e-4 to 0.02, as DiT's create_diffusion("")
+        self.scheduler = DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+
+    def __call__(self, x: Tensor, told: int) -> None:
+        labels = torch.full((len(x),), 10)  # the null class of the tiny model, as 1000 of DiT's
+        self.transformer(x, timestep=torch.full((len(x),), told), class_labels=labels)
+
+
+def check_ddae_dit(run: Rehearsed, t: int) -> None:
+    dit = DiT(run)
+    kept = hooked(dit.transformer, "transformer_blocks.13")
+    unit = run.store.units[0]
+
+    def pooled(pixels: Tensor, keys: Sequence[str], *, told: int = t) -> Tensor:
+        def drawn(role: str) -> Tensor:
+            return torch.stack(
+                [
+                    torch.from_numpy(draw_normal((4, 8, 8), role, 0, "key", key, 0, "all"))
+                    for key in keys
+                ]
+            )
+
+        posterior = dit.vae.encode(pixels).latent_dist
+        latents = (posterior.mean + posterior.std * drawn("posterior")) * 0.18215
+        dit(dit.scheduler.add_noise(latents, drawn("noise"), torch.full((4,), t)), told)
+        return as_map(kept["transformer_blocks.13"], 4, 4).mean((2, 3))
+
+    got = run.features("block13")
+    assert got.shape == (4, 32)
+    plain = run.pixels(Image.Resampling.BILINEAR)
+    assert torch.equal(got, pooled(plain, run.keys))
+    # 1-based as DDAE's UNets count, the network would be told t - 1, and see other noise.
+    assert (got - pooled(plain, run.keys, told=t - 1)).abs().max() > 1e-5
+
+    # The copies: crops of at least the area that a shift by 4 px leaves, as large as the image.
+    assert run.pipeline.images.n_views == 11
+    views = run.pipeline.images.views[1]
+    assert views.area[0] == pytest.approx((1 - 4 / {121: 32, 81: 64}[t]) ** 2, abs=0.005)
+    for number in (0, 9):
+        crops = [
+            seeded_crop(p.image, (16, 16), Image.Resampling.BILINEAR, views, number, p.key)
+            for p in run.photos
+        ]
+        arrays = torch.stack([torch.from_numpy(np.array(crop)) for crop in crops])
+        pixels = arrays.permute(0, 3, 1, 2).contiguous().float() / 255 * 2 - 1
+        keys = [f"{key}\x1fcrop-0-{number}" for key in run.keys]
+        copy = torch.tensor(run.store.read_unit("block13", 0, unit, view=1 + number))
+        assert torch.equal(copy, pooled(pixels, keys))
+        assert not torch.equal(copy, got)
+
+
+@torch.no_grad()
+def test_ddae_dit_cifar10(tmp_path: Path) -> None:
+    check_ddae_dit(rehearse("ddae_dit_cifar10", tmp_path), 121)
+
+
+@torch.no_grad()
+def test_ddae_dit_tiny_imagenet(tmp_path: Path) -> None:
+    check_ddae_dit(rehearse("ddae_dit_tiny_imagenet", tmp_path), 81)
+
+
+@torch.no_grad()
+def test_revelio_dit(tmp_path: Path) -> None:
+    run = rehearse("revelio_dit", tmp_path)
+    dit = DiT(run)
+    blocks = [f"transformer_blocks.{i}" for i in range(28)]
+    kept = hooked(dit.transformer, *blocks)
+    latents = dit.vae.encode(run.pixels()).latent_dist.mode() * 0.18215
+    dit(latents, 25)
+    assert [array.name for array in run.store.features] == blocks
+    for name in blocks:
+        assert torch.equal(run.features(name), as_map(kept[name], 4, 4)), name
+    dit(latents, 0)
+    assert not torch.equal(run.features(blocks[0]), as_map(kept[blocks[0]], 4, 4))
+
+
+@torch.no_grad()
+def test_a_select_dit(tmp_path: Path) -> None:
+    run = rehearse("a_select_dit", tmp_path)
+    dit = DiT(run)
+    blocks = [f"transformer_blocks.{i}" for i in range(28)]
+    kept = hooked(dit.transformer, *blocks)
+    latents = dit.vae.encode(run.pixels()).latent_dist.mean * 0.18215
+    matrix = torch.from_numpy(draw_normal((32, 32), "projection", 0, 32, 32) / 32**0.5)
+    assert [time.requested for time in run.store.times] == list(range(0, 1000, 50))
+    for position, t in enumerate(range(0, 1000, 50)):
+        dit(dit.scheduler.add_noise(latents, run.noise((4, 8, 8)), torch.full((4,), t)), t)
+        for name in blocks:
+            want = as_map(kept[name] @ matrix.float(), 4, 4)
+            # The product of another layout of the tokens may round otherwise.
+            torch.testing.assert_close(
+                run.features(name, position), want, atol=1e-5, rtol=1e-5, msg=f"{name} at {t}"
+            )
+
+
+@torch.no_grad()
+def test_mmdiff_flux(tmp_path: Path) -> None:
+    run = rehearse("mmdiff_flux", tmp_path)
+    flux = Flux(run, [p.caption for p in run.photos])
+    double, single = "transformer_blocks.18", "single_transformer_blocks.9"
+    inputs = hooked_inputs(flux.transformer, f"{double}.ff", single)
+    kept = hooked(flux.transformer, f"{single}.norm.linear")
+    for position, t in enumerate((0.1, 0.3, 0.5, 0.7, 0.9)):
+        flux(flux.noisy(t), t)
+        ditf = ditf_by_hand(inputs[single]["hidden_states"], kept[f"{single}.norm.linear"], (3, 14))
+        for name, tokens in (("double18", inputs[f"{double}.ff"][0]), ("single9", ditf)):
+            want = functional.avg_pool2d(as_map(tokens, 8, 8).contiguous(), 2)
+            assert run.features(name, position).shape == (4, 32, 4, 4)
+            # Adaptive and plain pooling add up in another order.
+            torch.testing.assert_close(run.features(name, position), want, atol=1e-6, rtol=1e-6)
+
+
+# recipe: {array: shape of one row at full size} (recipes.md 1.1)
+REAL: dict[str, dict[str, tuple[int, ...]]] = {
+    "ditf_flux_spair": {"ditf": (3072, 40, 40)},
+    "ditf_flux_davis": {"ditf": (3072, 30, 52)},
+    "ditf_flux_double": {"ditf": (3072, 40, 40)},
+    "seg4diff_sd3": {"image_to_text": (77, 64, 64)},
+    "concept_attention_flux": {f"scores_{i}": (4, 64, 64) for i in range(15, 19)},
+    "mmdiff_flux": {"double18": (3072, 32, 32), "single9": (3072, 32, 32)},
+    "ddae_dit_cifar10": {"block13": (1152,)},
+    "ddae_dit_tiny_imagenet": {"block13": (1152,)},
+    "revelio_dit": {f"transformer_blocks.{i}": (1152, 32, 32) for i in range(28)},
+    "a_select_dit": {f"transformer_blocks.{i}": (32, 16, 16) for i in range(28)},
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_shapes_of_the_real_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert planned_shapes(name) == REAL[name]

@@ -203,10 +203,10 @@ class FluxWithConcepts(FluxBackbone, CustomBackbone):
         return Conditioning({**told, "concepts": concepts[None]})
 
     def arrange(
-        self, tap: ResolvedTap, x: Tensor, size: tuple[int, int]
+        self, tap: ResolvedTap, x: Tensor, size: tuple[int, ...]
     ) -> tuple[Tensor, tuple[str, ...]]:
         if tap.module.startswith("streams.") and tap.module.endswith(".scores"):
             return x.reshape(*x.shape[:2], size[0] // PATCH, size[1] // PATCH), MAP
         if tap.module.startswith("streams.") and tap.module.endswith(".concepts"):
             return x, TOKENS
-        return super().arrange(tap, x, size)
+        return super().arrange(tap, x, (size[0], size[1]))
