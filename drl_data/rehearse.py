@@ -61,7 +61,10 @@ def rehearsal(pipeline: Pipeline, folder: Path, *, n_samples: int = N_SAMPLES) -
         },
     )
     taps = [
-        {**tap.model_dump(exclude_unset=True), "path": tiny.taps.get(tap.path, tap.path)}
+        {
+            **tap.model_dump(exclude_unset=True),
+            **tiny.taps.get(tap.path, tap).model_dump(exclude_unset=True),
+        }
         for tap in pipeline.taps
     ]
     dataset = {

@@ -286,7 +286,9 @@ def _all_classes(value: object) -> object:
     return _as_tuple(value)
 
 
-EXTRAS = ("lcm_guidance", "original_size", "crops_coords_top_left", "target_size")
+EXTRAS = (
+    "lcm_guidance", "original_size", "crops_coords_top_left", "target_size", "t5_tokens", "t5"
+)  # fmt: skip
 """Fields of a condition that a model without a place for them refuses."""
 
 
@@ -328,6 +330,12 @@ class ConditionSpec(Spec):
     """Rows and columns in pixels that SDXL is told were cropped above and left of it."""
     target_size: Annotated[SizePair, BeforeValidator(_size_pair)] | None = None
     """Height and width in pixels that SDXL is told it makes; not said: those of the input."""
+    t5_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Tokens that T5's text is cut or padded to; default: what diffusers' pipelines have (SD3 256,
+    Flux 512). Seg4Diff has 77, the authors' own Flux-schnell 256."""
+    t5: bool = True
+    """`false` has zeros where T5's states would be, as SD3's pipeline without its third encoder
+    (Seg4Diff)."""
 
     @property
     def extras(self) -> tuple[str, ...]:
@@ -346,6 +354,8 @@ class ConditionSpec(Spec):
             raise ValueError(f"{' and '.join(names)}: want one of them")
         if self.template is not None and "{label}" not in self.template:
             raise ValueError(f"template {self.template!r} has no {{label}}; write it as prompt")
+        if self.prompt_embeddings and (self.t5_tokens is not None or not self.t5):
+            raise ValueError("t5_tokens and t5 have no meaning with prompt_embeddings")
         return self
 
     @model_validator(mode="after")
@@ -909,8 +919,9 @@ class TinySpec(Spec):
     network: dict[str, JsonValue] = {}
     vae: dict[str, JsonValue] = {}
     """The same of its VAE, for taps inside that."""
-    taps: dict[str, str] = {}
-    """Path of a tap in the pipeline -> path in the tiny model, where that one is shallower."""
+    taps: dict[str, Tap] = {}
+    """Path of a tap in the pipeline -> path in the tiny model, where that one is shallower, and
+    other reductions where that one is narrower."""
     backbone: dict[str, JsonValue] = {}
     images: dict[str, JsonValue] = {}
     latents: dict[str, JsonValue] = {}

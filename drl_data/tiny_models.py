@@ -186,6 +186,7 @@ TINY_ENCODERS: Mapping[str, Mapping[str, object]] = {
     "siglip_vision_model": {"intermediate_size": 64},
     "vit": {"intermediate_size": 64},
     "vit_mae": {"intermediate_size": 64},
+    "vit_msn": {"intermediate_size": 64},
     "convnext": {"num_stages": 2, "hidden_sizes": [16, 32], "depths": [1, 1], "patch_size": 2},
     "resnet": {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]},
 }
@@ -210,6 +211,27 @@ def save_tiny_encoder(
         if parameter.ndim == 1 and "norm" not in name:  # biases, which begin as zeros
             torch.nn.init.normal_(parameter, std=0.1)
     network.save_pretrained(folder)
+    return folder
+
+
+def save_tiny_clip(folder: Path, *, seed: int = 0, **config: object) -> Path:
+    """The folder of a CLIP of both towers, its vision tower as `save_tiny_encoder` has it; `config`
+    overrides the vision tower's."""
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(seed)
+    tower = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "projection_dim": 24,
+    }
+    vision = {**tower, "image_size": 16, "patch_size": 4, "intermediate_size": 64, **config}
+    text = {**tower, "vocab_size": 10, "intermediate_size": 64}
+    ends = {"bos_token_id": 8, "eos_token_id": 9, "pad_token_id": 9}
+    CLIPModel(
+        CLIPConfig(vision_config=vision, text_config={**text, **ends}, projection_dim=24)
+    ).save_pretrained(folder)
     return folder
 
 
@@ -479,6 +501,7 @@ FAMILIES: Mapping[str, Callable[..., Path]] = {
     "sana": save_tiny_sana,
     "sd3": save_tiny_sd3,
     "flux": save_tiny_flux,
+    "clip": save_tiny_clip,
     **{name: partial(save_tiny_encoder, model_type=name) for name in TINY_ENCODERS},
 }
 """What `save_tiny` makes; encoders under transformers' names of their architectures."""

@@ -18,10 +18,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from drl_data.backbones import find_model, load_backbone
+from drl_data.conditions import of_sample
 from drl_data.noise import draw_normal
 from drl_data.recipes import find_recipe
 from drl_data.rehearse import rehearsal
 from drl_data.runs import extract_all
+from drl_data.schedule import resolve_times
 from drl_data.spec import NumericSpec, Pipeline
 from drl_data.store import FeatureStore
 
@@ -133,3 +136,15 @@ def hooked_inputs(network: nn.Module, *paths: str) -> dict[str, Mapping[object, 
             with_kwargs=True,
         )
     return kept
+
+
+def planned_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    """Shape of a row of each array of a recipe, by the bundled configuration of its model."""
+    recipe = Pipeline.load(find_recipe(name))
+    assert recipe.backbone is not None
+    assert recipe.schedule is not None
+    backbone = load_backbone(find_model(recipe.backbone, structure_only=True), "meta")
+    time = resolve_times(backbone.schedule_for(recipe.images), recipe.schedule, recipe.noise)[0]
+    told = of_sample(recipe.condition, 0, "a caption")
+    arrays = backbone.arrays(backbone.resolve(recipe.taps), recipe.images, told, time, "float16")
+    return {array.name: array.shape for array in arrays}

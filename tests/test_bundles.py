@@ -175,6 +175,12 @@ BACKBONES: dict[str, tuple[int, float, float, dict[str, tuple[tuple[int, ...], f
             "single_transformer_blocks.9@in": ((3072, 64, 64), 36.6),
         },
     ),
+    "FLUX.1-schnell": (  # the same without the embedder of the guidance scale
+        1024,
+        11891.2,
+        74.4,
+        {"transformer_blocks.18": ((3072, 64, 64), None)},
+    ),
     "DiT-XL-2-256": (256, 749.8, 0.237, {"transformer_blocks.13": ((1152, 16, 16), 0.12)}),
     "DiT-XL-2-512": (512, 749.8, 1.05, {"transformer_blocks.13": ((1152, 32, 32), None)}),
     "ddpm-cifar10-32": (32, 35.7, 0.0124, {"mid_block.resnets.1.conv2": ((256, 4, 4), None)}),

@@ -12,7 +12,13 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModel, CLIPConfig, CLIPModel, ViTMAEModel
+from transformers import (
+    AutoModel,
+    CLIPModel,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+    ViTMAEModel,
+)
 
 from drl_data.backbones import Backbone, Conditioning, ModelFolder, find_model, load_backbone
 from drl_data.errors import SpecError, TapError, WeightsError
@@ -28,7 +34,7 @@ from drl_data.spec import (
     ScheduleSpec,
     TapSpec,
 )
-from drl_data.tiny_models import TINY_ENCODERS, save_tiny_encoder
+from drl_data.tiny_models import TINY_ENCODERS, save_tiny_clip, save_tiny_encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,6 +48,7 @@ LAST = {
     "siglip_vision_model": ("post_layernorm", 0),
     "vit": ("layernorm", 1),
     "vit_mae": ("layernorm", 1),
+    "vit_msn": ("layernorm", 1),
     "convnext": ("encoder.stages.1", None),
     "resnet": ("encoder.stages.1", None),
 }
@@ -174,20 +181,54 @@ def test_mae_sees_every_patch_in_its_place(encoders: dict[str, Path]) -> None:
 
 
 def test_the_vision_tower_of_a_clip_model(tmp_path: Path) -> None:
-    tower = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = CLIPConfig(
-        vision_config={**tower, "image_size": 16, "patch_size": 4, "intermediate_size": 64},
-        text_config={
-            **tower, "vocab_size": 10, "bos_token_id": 8, "eos_token_id": 9, "pad_token_id": 9
-        },
-    )  # fmt: skip
-    torch.manual_seed(0)
-    clip = CLIPModel(config).eval()
-    clip.save_pretrained(tmp_path / "clip")
+    clip = CLIPModel.from_pretrained(save_tiny_clip(tmp_path / "clip")).eval()
     with torch.no_grad():
-        want = clip.vision_model(pixel_values=pixels()).last_hidden_state
-    (cls,) = tapped(load(tmp_path / "clip"), pixels(), "encoder.layers.1@out.cls")
-    assert torch.equal(cls, want[:, 0])
+        want = clip.vision_model(pixel_values=pixels())
+    cls, pooled = tapped(
+        load(tmp_path / "clip"), pixels(), "encoder.layers.1@out.cls", "post_layernorm"
+    )
+    assert torch.equal(cls, want.last_hidden_state[:, 0])
+    assert torch.equal(pooled, want.pooler_output)
+
+
+def test_the_image_embedding_of_clip(tmp_path: Path) -> None:
+    """Of a whole CLIP, and of a vision tower that was saved with its projection."""
+    clip = CLIPModel.from_pretrained(save_tiny_clip(tmp_path / "clip")).eval()
+    vision = CLIPVisionModelWithProjection.from_pretrained(tmp_path / "clip").eval()
+    vision.save_pretrained(tmp_path / "vision")
+    with torch.no_grad():
+        want = clip.get_image_features(pixel_values=pixels()).pooler_output
+        assert torch.equal(vision(pixel_values=pixels()).image_embeds, want)
+    assert want.shape == (2, 24)
+    for name in ("clip", "vision"):
+        (got,) = tapped(load(tmp_path / name), pixels(), "visual_projection")
+        assert torch.equal(got, want)
+        meta = load(tmp_path / name, "meta")
+        (time,) = meta.schedule.resolve(NO_TIME)
+        taps = meta.resolve([TapSpec(path="visual_projection")])
+        (array,) = meta.arrays(taps, IMAGES, ConditionSpec(), time, "float16")
+        assert (array.dims, array.shape) == (("channel",), (24,))
+
+
+def test_a_projection_changes_nothing_else(encoders: dict[str, Path], tmp_path: Path) -> None:
+    """The tower's random weights, and the digest, are what they were without it."""
+    folder = save_tiny_clip(tmp_path / "clip")
+    tower = CLIPVisionModel.from_pretrained(folder)
+    (tmp_path / "tower").mkdir()
+    tower.config.save_pretrained(tmp_path / "tower")
+    with_it, without = (
+        dict(load(path, init="random", init_seed=3).network.named_parameters())
+        for path in (folder, tmp_path / "tower")
+    )
+    assert with_it.keys() - without.keys() == {"visual_projection.weight"}
+    assert all(torch.equal(with_it[name], without[name]) for name in without)
+    with pytest.raises(TapError, match="matches no module"):
+        load(encoders["clip_vision_model"]).resolve([TapSpec(path="visual_projection")])
+    weights = load_file(folder / "model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(WeightsError, match=r"lacks visual_projection\.weight"):
+        load(folder)
 
 
 @pytest.mark.parametrize("kind", TINY_ENCODERS)

@@ -31,6 +31,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
+from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
@@ -291,6 +292,56 @@ def test_sd3_without_t5_is_told_zeros(models: dict[str, Path], tmp_path: Path) -
     shutil.rmtree(copy / "text_encoder_3")
     got = load_backbone(find(copy), "cpu").conditioning(CAT).kwargs
     assert_told(dict(got), told_by_sd3(models["sd3"], with_t5=False))
+
+
+@torch.no_grad()
+def test_how_many_tokens_t5_has_and_whether_it_speaks(
+    models: dict[str, Path], backbones: dict[str, Backbone]
+) -> None:
+    """Seg4Diff's SD3 has 77 zeros for T5; the authors' own Flux-schnell has 256 tokens."""
+    of_77 = ConditionSpec(prompt=PROMPT, t5=False, t5_tokens=77)
+    got = dict(backbones["sd3"].conditioning(of_77).kwargs)
+    (tokenizer, encoder), (tokenizer_2, encoder_2) = (
+        clip(models["sd3"], suffix, projected=True) for suffix in ("", "_2")
+    )
+    transformer = SD3Transformer2DModel.from_pretrained(models["sd3"] / "transformer")
+    pipeline = StableDiffusion3Pipeline(
+        transformer, None, None, encoder, tokenizer, encoder_2, tokenizer_2, None, None
+    )
+    embeds, _, pooled, _ = pipeline.encode_prompt(
+        PROMPT, None, None, do_classifier_free_guidance=False, max_sequence_length=77
+    )
+    assert embeds.shape[1] == 154
+    assert_told(got, {"encoder_hidden_states": embeds, "pooled_projections": pooled})
+
+    short = ConditionSpec(prompt=PROMPT, t5_tokens=256)
+    got = dict(backbones["flux"].conditioning(short).kwargs)
+    (tokenizer, encoder), (tokenizer_2, encoder_2) = (
+        clip(models["flux"], ""),
+        t5(models["flux"], "_2"),
+    )
+    flux = FluxPipeline(None, None, encoder, tokenizer, encoder_2, tokenizer_2, None)
+    embeds, _, _ = flux.encode_prompt(PROMPT, max_sequence_length=256)
+    assert torch.equal(got["encoder_hidden_states"], embeds)
+    for family, spec in (("sd3", of_77), ("flux", short)):
+        meta = load_backbone(find(models[family]), "meta").conditioning(spec).kwargs
+        want = backbones[family].conditioning(spec).kwargs
+        assert {k: v.shape for k, v in meta.items()} == {k: v.shape for k, v in want.items()}
+
+
+@pytest.mark.parametrize("changes", [{"t5": False}, {"t5_tokens": 77}])
+def test_text_that_has_one_form_is_not_asked_for_another(
+    models: dict[str, Path], backbones: dict[str, Backbone], changes: dict[str, object]
+) -> None:
+    with pytest.raises(SpecError, match=r"condition\.t5.*: this UNet2DConditionModel takes none"):
+        backbones["sdxl"].conditioning(ConditionSpec(**changes))
+    with pytest.raises(ValidationError, match="no meaning with prompt_embeddings"):
+        ConditionSpec(prompt_embeddings="e.safetensors", **changes)
+
+
+def test_flux_cannot_do_without_t5(backbones: dict[str, Backbone]) -> None:
+    with pytest.raises(SpecError, match="Flux has no other text tokens"):
+        backbones["flux"].conditioning(ConditionSpec(t5=False))
 
 
 def test_guidance_is_told_to_models_that_take_it(backbones: dict[str, Backbone]) -> None:

@@ -14,7 +14,7 @@ from drl_data.cli import app
 from drl_data.errors import SpecError
 from drl_data.recipes import find_recipe
 from drl_data.rehearse import merged, rehearsal
-from drl_data.spec import Pipeline
+from drl_data.spec import Pipeline, TinySpec
 from drl_data.tiny_models import save_tiny
 
 RECIPE = find_recipe("dift_sd21_spair")
@@ -34,9 +34,17 @@ def test_the_tiny_section_lies_over_the_pipeline(tmp_path: Path) -> None:
 def test_taps_may_be_shallower(tmp_path: Path) -> None:
     recipe = Pipeline.load(RECIPE)
     assert recipe.tiny is not None
-    section = recipe.tiny.model_copy(update={"taps": {"up_blocks.1": "up_blocks.0"}})
-    (tap,) = rehearsal(recipe.model_copy(update={"tiny": section}), tmp_path).taps
-    assert (tap.path, tap.name) == ("up_blocks.0", "up1")
+    section = recipe.tiny.model_dump(exclude_unset=True) | {
+        "taps": {"up_blocks.1": {"path": "up_blocks.0", "reduce": "mean"}}
+    }
+    tiny = recipe.model_copy(update={"tiny": TinySpec(**section)})
+    (tap,) = rehearsal(tiny, tmp_path / "a").taps
+    assert (tap.path, tap.name, tap.reduce) == ("up_blocks.0", "up1", ("mean",))
+    tiny = recipe.model_copy(
+        update={"tiny": TinySpec(**section | {"taps": {"up_blocks.1": "up_blocks.0"}})}
+    )
+    (tap,) = rehearsal(tiny, tmp_path / "b").taps
+    assert (tap.path, tap.name, tap.reduce) == ("up_blocks.0", "up1", ())
 
 
 def test_merging_goes_into_mappings_and_replaces_the_rest() -> None:

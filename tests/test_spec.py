@@ -129,6 +129,7 @@ def test_defaults_never_change() -> None:
             "prompt": "", "template": None, "caption": False, "prompt_embeddings": None,
             "class_label": "null", "guidance": 3.5, "candidates": (), "lcm_guidance": None,
             "original_size": None, "crops_coords_top_left": (0, 0), "target_size": None,
+            "t5_tokens": None, "t5": True,
         }),
         (ScheduleSpec(timesteps=(0,)), {
             "convention": "ddpm_index", "condition_at": "same", "n_steps": None,

@@ -478,7 +478,7 @@ def check_images(images: ImageSpec, n_channels: int, multiple: int) -> None:
 
 
 def refuse_extras(spec: ConditionSpec, family: str, takes: Collection[str] = ()) -> None:
-    """Raise SpecError if a model is told of sizes or guidance that it has no place for."""
+    """Raise SpecError if a model is told something that it has no place for."""
     strange = [name for name in spec.extras if name not in takes]
     if strange:
         raise SpecError(f"condition.{strange[0]}: {family} takes none; leave it out")

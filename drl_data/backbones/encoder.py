@@ -8,6 +8,9 @@ the class token, `@out.prefix` all tokens before the patches (class and register
 `@out.patches` the map again, but refuses what holds no patches. DINOv2's
 `layernorm` is what REPA aligns to (256 x 768 for images of 224).
 
+CLIP's image embedding is the tap `visual_projection`, [b, c] without an L2 norm, where the
+checkpoint has that projection beside its vision tower; all other taps are the tower's.
+
 Shapes: b batch, c channel, h w height and width in pixels or patches, n token.
 """
 
@@ -18,7 +21,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from safetensors import safe_open
+from torch import Tensor, nn
 
 from drl_data.backbones.backbone import (
     Backbone,
@@ -41,6 +45,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
+PROJECTION = "visual_projection"
+"""CLIP's linear map from its pooled class token to the space that it shares with text."""
+
+
 class EncoderBackbone(Backbone):
     """A `transformers` vision model."""
 
@@ -49,6 +57,7 @@ class EncoderBackbone(Backbone):
     def __init__(self, network: PreTrainedModel, device: torch.device) -> None:
         super().__init__(network, NoSchedule(), device)
         self._takes = frozenset(inspect.signature(network.forward).parameters)
+        self._projects = any(name == PROJECTION for name, _ in network.named_children())
 
     @classmethod
     def load(cls, folder: ModelFolder, device: torch.device) -> EncoderBackbone:
@@ -89,7 +98,10 @@ class EncoderBackbone(Backbone):
             # ratio of 0 (`_configured`) leave all of them, in place.
             n_patches = (x.shape[2] // self.patch) * (x.shape[3] // self.patch)
             options["noise"] = torch.arange(n_patches, device=x.device).expand(len(x), -1)
-        return self.network(pixel_values=x, **options, **kwargs)
+        output = self.network(pixel_values=x, **options, **kwargs)
+        if self._projects:
+            self.network.get_submodule(PROJECTION)(output.pooler_output)
+        return output
 
     def streams(self, x: Tensor, kwargs: Mapping[str, Tensor]) -> Streams | None:
         if self.patch is None:
@@ -112,14 +124,18 @@ def _load_network(folder: ModelFolder, device: torch.device) -> PreTrainedModel:
     dtype = TORCH_DTYPES[folder.spec.dtype]
     with weights_errors(folder, folder.root):
         config = _configured(folder)
+        projection_dim = _projection_dim(folder)
         if device.type == "meta":
             with device:
                 network = AutoModel.from_config(config, dtype=dtype)
+                _add_projection(network, projection_dim)
         elif folder.spec.init == "random":
             with seeded(folder.spec.init_seed):
                 network = AutoModel.from_config(config, dtype=dtype)
+                _add_projection(network, projection_dim)
         else:
             network = _pretrained(folder, config, dtype)
+            _add_projection(network, projection_dim, _projection_weight(folder, projection_dim))
     if network.main_input_name != "pixel_values":
         raise WeightsError(
             f"model {folder.spec.model!r} is a {type(network).__name__}, which takes "
@@ -138,6 +154,48 @@ def _configured(folder: ModelFolder) -> PretrainedConfig:
     if config.model_type == "vit_mae":
         config.mask_ratio = 0.0
     return config
+
+
+def _projection_dim(folder: ModelFolder) -> int | None:
+    """Channels of CLIP's image embedding; None for a model without."""
+    config = folder.config(folder.root)
+    architectures = config.get("architectures")
+    alone = isinstance(architectures, list) and "CLIPVisionModelWithProjection" in architectures
+    if config.get("model_type") != "clip" and not alone:
+        return None
+    from transformers import AutoConfig
+
+    loaded = AutoConfig.from_pretrained(folder.root, local_files_only=True)
+    return int(loaded.projection_dim)
+
+
+def _add_projection(
+    network: PreTrainedModel, projection_dim: int | None, weight: Tensor | None = None
+) -> None:
+    """CLIP's projection beside the tower, whose own modules and weights stay what they are."""
+    if projection_dim is None:
+        return
+    projection = nn.Linear(network.config.hidden_size, projection_dim, bias=False)
+    if weight is not None:
+        projection.weight = nn.Parameter(weight)
+    network.add_module(PROJECTION, projection.to(network.dtype))
+
+
+def _projection_weight(folder: ModelFolder, projection_dim: int | None) -> Tensor | None:
+    """Its weight [projection_dim, c] from the model's safetensors.
+
+    Raises:
+        WeightsError: if they have none.
+    """
+    if projection_dim is None:
+        return None
+    name = f"{PROJECTION}.weight"
+    for file in folder.weight_files():
+        with safe_open(file, framework="pt") as tensors:
+            if name in tensors.keys():  # noqa: SIM118
+                weight: Tensor = tensors.get_tensor(name)
+                return weight
+    raise WeightsError(f"model {folder.spec.model!r}: {folder.root} lacks {name}")
 
 
 def _pretrained(

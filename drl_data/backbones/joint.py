@@ -28,8 +28,6 @@ JOINT_BLOCKS = ("JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTran
 """Called with (image, text), they give (text, image) in diffusers 0.42."""
 JOINT_ATTENTIONS = ("Attention", "FluxAttention")
 """Called with (image, text), they give (image, text)."""
-SD3_T5_TOKENS = 256
-FLUX_T5_TOKENS = 512
 PATCH = 2
 """Latents along a side of one token."""
 
@@ -46,6 +44,15 @@ class JointTransformer(LatentTextBackbone):
 
     TEXT_FIRST: ClassVar[bool]
     """Whether text tokens come before the image's where one tensor holds both."""
+    T5_TOKENS: ClassVar[int]
+    """T5's tokens where the condition does not say how many."""
+
+    def extras(self) -> tuple[str, ...]:
+        return ("t5_tokens", "t5")
+
+    def n_t5_tokens(self, spec: ConditionSpec) -> int:
+        """T5's tokens, or zeros in their place."""
+        return self.T5_TOKENS if spec.t5_tokens is None else spec.t5_tokens
 
     def schedule_for(self, images: ImageSpec) -> FlowSchedule:
         _, height, width = self.input_shape(images)
@@ -85,6 +92,7 @@ class SD3Backbone(JointTransformer):
 
     network: SD3Transformer2DModel
     TEXT_FIRST = False
+    T5_TOKENS = 256
 
     @classmethod
     def load(cls, folder: ModelFolder, device: torch.device) -> SD3Backbone:
@@ -113,19 +121,20 @@ class SD3Backbone(JointTransformer):
             POOLED: (config.pooled_projection_dim,),
         }
 
-    def n_prompt_tokens(self) -> int:
+    def n_prompt_tokens(self, spec: ConditionSpec) -> int:
         self.text.paths("_2")
-        return self.text.clip_length("") + SD3_T5_TOKENS
+        return self.text.clip_length("") + self.n_t5_tokens(spec)
 
-    def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
+    def encode_prompt(self, spec: ConditionSpec) -> dict[str, Tensor]:
         """[CLIP L | CLIP G | 0] tokens, then T5's; zeros stand for a T5 that was left out."""
         width = self.network.config.joint_attention_dim
-        clips = [self.text.clip(suffix, prompt, projected=True) for suffix in ("", "_2")]
+        clips = [self.text.clip(suffix, spec.prompt, projected=True) for suffix in ("", "_2")]
         states = torch.cat([clip.penultimate for clip in clips], dim=-1)
-        if self.text.has("_3"):
-            t5 = self.text.t5("_3", prompt, SD3_T5_TOKENS, masked=False)[0]
+        n_tokens = self.n_t5_tokens(spec)
+        if spec.t5 and self.text.has("_3"):
+            t5 = self.text.t5("_3", spec.prompt, n_tokens, masked=False)[0]
         else:
-            t5 = states.new_zeros(SD3_T5_TOKENS, width)
+            t5 = states.new_zeros(n_tokens, width)
         return {
             PROMPT: torch.cat([F.pad(states, (0, width - states.shape[-1])), t5]),
             POOLED: torch.cat([clip.pooled for clip in clips]),
@@ -143,6 +152,7 @@ class FluxBackbone(JointTransformer):
 
     network: FluxTransformer2DModel
     TEXT_FIRST = True
+    T5_TOKENS = 512
 
     @classmethod
     def load(cls, folder: ModelFolder, device: torch.device) -> FluxBackbone:
@@ -165,18 +175,20 @@ class FluxBackbone(JointTransformer):
             POOLED: (config.pooled_projection_dim,),
         }
 
-    def n_prompt_tokens(self) -> int:
+    def n_prompt_tokens(self, spec: ConditionSpec) -> int:
         for suffix in ("", "_2"):
             self.text.paths(suffix)
-        return FLUX_T5_TOKENS
+        return self.n_t5_tokens(spec)
 
-    def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
+    def encode_prompt(self, spec: ConditionSpec) -> dict[str, Tensor]:
         return {
-            PROMPT: self.text.t5("_2", prompt, FLUX_T5_TOKENS, masked=False)[0],
-            POOLED: self.text.clip("", prompt, projected=False).pooled,
+            PROMPT: self.text.t5("_2", spec.prompt, self.n_t5_tokens(spec), masked=False)[0],
+            POOLED: self.text.clip("", spec.prompt, projected=False).pooled,
         }
 
     def other_conditions(self, spec: ConditionSpec) -> dict[str, Tensor]:
+        if not spec.t5:
+            raise SpecError("condition.t5 false: Flux has no other text tokens than T5's")
         if not self.network.config.guidance_embeds:
             return {}
         return {"guidance": torch.tensor([spec.guidance], device=self.device)}

@@ -46,7 +46,7 @@ class LatentTextBackbone(Backbone):
         """Shape of each embedding of a prompt of `n_tokens` tokens, by its name in a file."""
 
     @abstractmethod
-    def n_prompt_tokens(self) -> int:
+    def n_prompt_tokens(self, spec: ConditionSpec) -> int:
         """Tokens of what `encode_prompt` gives, known without loading an encoder.
 
         Raises:
@@ -54,8 +54,8 @@ class LatentTextBackbone(Backbone):
         """
 
     @abstractmethod
-    def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
-        """Embeddings of a prompt, named and shaped as `text_shapes` says.
+    def encode_prompt(self, spec: ConditionSpec) -> dict[str, Tensor]:
+        """Embeddings of `spec.prompt`, named and shaped as `text_shapes` says.
 
         Raises:
             WeightsError: if the model has no text encoders.
@@ -82,7 +82,7 @@ class LatentTextBackbone(Backbone):
         return Conditioning({**told, **self.other_conditions(spec)})
 
     def extras(self) -> tuple[str, ...]:
-        """Which of `spec.EXTRAS` `other_conditions` reads."""
+        """Which of `spec.EXTRAS` this model is told."""
         return ()
 
     def other_conditions(self, spec: ConditionSpec) -> dict[str, Tensor]:
@@ -93,6 +93,6 @@ class LatentTextBackbone(Backbone):
         if spec.prompt_embeddings is not None:
             return read_embeddings(spec.prompt_embeddings, self.text_shapes(0))
         if self.device.type != "meta":
-            return self.encode_prompt(spec.prompt)
-        shapes = self.text_shapes(self.n_prompt_tokens())
+            return self.encode_prompt(spec)
+        shapes = self.text_shapes(self.n_prompt_tokens(spec))
         return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}

@@ -184,6 +184,11 @@ class ModelFolder:
             entries[f"lora {i}"] = f"{lora.scale!r} {file_digest(lora.path)}"
         return hashlib.sha256(canonical_json(dict(entries))).hexdigest()
 
+    def weight_files(self) -> list[Path]:
+        """The safetensors of the network, of the variant asked for."""
+        found = sorted(self.network.glob("*.safetensors"))
+        return [file for file in found if self._is_used(file)]
+
     def _files(self) -> Iterator[Path]:
         folders = [self.root / name for name in COMPONENTS if (self.root / name).is_dir()]
         for folder in folders if self.network != self.root else [self.root, *folders]:

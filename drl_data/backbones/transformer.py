@@ -147,12 +147,12 @@ class PixArtBackbone(CrossAttentionTransformer):
         vae = load_vae(folder, device)
         return cls(network, load_schedule(folder), device, vae, TextEncoders(folder))
 
-    def n_prompt_tokens(self) -> int:
+    def n_prompt_tokens(self, spec: ConditionSpec) -> int:
         self.text.paths("")
         return self._n_tokens()
 
-    def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
-        states, mask = self.text.t5("", prompt.lower().strip(), self._n_tokens(), masked=True)
+    def encode_prompt(self, spec: ConditionSpec) -> dict[str, Tensor]:
+        states, mask = self.text.t5("", spec.prompt.lower().strip(), self._n_tokens(), masked=True)
         return {PROMPT: states, MASK: mask}
 
     def _n_tokens(self) -> int:
@@ -202,12 +202,12 @@ class SanaBackbone(CrossAttentionTransformer):
         schedule = load_flow_schedule(folder, time_scale=1000.0 * scale)
         return cls(network, schedule, device, vae, TextEncoders(folder))
 
-    def n_prompt_tokens(self) -> int:
+    def n_prompt_tokens(self, spec: ConditionSpec) -> int:
         self.text.paths("")
         return SANA_GEMMA_TOKENS
 
-    def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
-        states, mask = self.text.gemma("", prompt.lower().strip(), SANA_GEMMA_TOKENS)
+    def encode_prompt(self, spec: ConditionSpec) -> dict[str, Tensor]:
+        states, mask = self.text.gemma("", spec.prompt.lower().strip(), SANA_GEMMA_TOKENS)
         return {PROMPT: states, MASK: mask}
 
     def forward(self, x: Tensor, model_time: Tensor, kwargs: Mapping[str, Tensor]) -> object:

@@ -118,11 +118,11 @@ class LatentUNetBackbone(ConditionedUNetBackbone):
     def text_shapes(self, n_tokens: int) -> dict[str, tuple[int, ...]]:
         return {PROMPT: (n_tokens, self.network.config.cross_attention_dim)}
 
-    def n_prompt_tokens(self) -> int:
+    def n_prompt_tokens(self, spec: ConditionSpec) -> int:
         return self.text.clip_length("")
 
-    def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
-        return {PROMPT: self.text.clip("", prompt, projected=False).last}
+    def encode_prompt(self, spec: ConditionSpec) -> dict[str, Tensor]:
+        return {PROMPT: self.text.clip("", spec.prompt, projected=False).last}
 
     def forward(self, x: Tensor, model_time: Tensor, kwargs: Mapping[str, Tensor]) -> object:
         return self.network(x, model_time, **kwargs, return_dict=False)
@@ -157,13 +157,13 @@ class LatentUNetXLBackbone(ConditionedUNetBackbone):
         width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         return {PROMPT: (n_tokens, config.cross_attention_dim), POOLED: (width,)}
 
-    def n_prompt_tokens(self) -> int:
+    def n_prompt_tokens(self, spec: ConditionSpec) -> int:
         self.text.paths("_2")
         return self.text.clip_length("")
 
-    def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
-        first = self.text.clip("", prompt, projected=False)
-        second = self.text.clip("_2", prompt, projected=True)
+    def encode_prompt(self, spec: ConditionSpec) -> dict[str, Tensor]:
+        first = self.text.clip("", spec.prompt, projected=False)
+        second = self.text.clip("_2", spec.prompt, projected=True)
         return {
             PROMPT: torch.cat([first.penultimate, second.penultimate], dim=-1),
             POOLED: second.pooled,
