@@ -289,10 +289,11 @@ def _check_corruption(backbone: Backbone, spec: FeatureSpec) -> None:
             f"noise.kind {spec.noise.kind}: this model knows no noise (schedule.convention none); "
             "write `noise: {kind: none}`"
         )
-    noise_shape(spec.noise, backbone.input_shape(spec.images))
-    if spec.latents.scale == "per_channel":
-        shape = (1, spec.images.n_channels, *spec.images.size)
-        pixels = torch.empty(shape, dtype=backbone.dtype, device=backbone.device)
+    shape = backbone.input_shape(spec.images)
+    noise_shape(spec.noise, shape)
+    if spec.latents.scale == "per_channel" or len(shape) == 4:  # videos' VAEs may have nothing else
+        frame = (1, spec.images.n_channels, *spec.images.size)
+        pixels = torch.empty(frame, dtype=backbone.dtype, device=backbone.device)
         with torch.no_grad():
             backbone.encode(pixels).latents(None, scale=spec.latents.scale)
 

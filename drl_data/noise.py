@@ -36,7 +36,8 @@ def _generator(*parts: str | int | float) -> np.random.Generator:
 
 
 def noise_shape(spec: NoiseSpec, shape: Sequence[int]) -> tuple[int, ...]:
-    """Shape of the numbers that corrupt one sample [c, h, w]: its own, or one for each patch.
+    """Shape of the numbers that corrupt one sample [c, h, w] or [c, f, h, w]: its own, or one for
+    each patch.
 
     Raises:
         SpecError: if patches do not tile the sample.
@@ -47,7 +48,7 @@ def noise_shape(spec: NoiseSpec, shape: Sequence[int]) -> tuple[int, ...]:
         raise SpecError(
             f"noise.patch {spec.patch}: squares of that side do not tile {shape[-2]}x{shape[-1]}"
         )
-    return (1, shape[-2] // spec.patch, shape[-1] // spec.patch)
+    return (1, *shape[1:-2], shape[-2] // spec.patch, shape[-1] // spec.patch)
 
 
 def batch_noise(
@@ -83,10 +84,13 @@ def batch_noise(
 def _shared(
     spec: NoiseSpec, shape: tuple[int, ...], role: str, member: int, when: str | int | float
 ) -> Tensor:
-    """The one draw of all samples [c, h, w]; interpolated as ODISE does if it has a base size."""
+    """The one draw of all samples [c, h, w] or [c, f, h, w]; each plane interpolated as ODISE does
+    if it has a base size."""
     side = spec.shared_base
     native = shape if side is None else (*shape[:-2], side, side)
     one = torch.from_numpy(draw_normal(native, role, spec.seed, spec.kind, member, when))
     if native == shape:
         return one
-    return F.interpolate(one[None], size=shape[-2:], mode="bicubic", align_corners=False)[0]
+    planes = one.reshape(1, -1, *one.shape[-2:])
+    enlarged = F.interpolate(planes, size=shape[-2:], mode="bicubic", align_corners=False)
+    return enlarged.reshape(shape)

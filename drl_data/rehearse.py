@@ -34,7 +34,14 @@ def rehearsal(pipeline: Pipeline, folder: Path, *, n_samples: int = N_SAMPLES) -
     model = tiny.model
     if not model.startswith("python:"):
         model = str(save_tiny(model, folder / "model", **tiny.network))
-    write_photo_tars(folder / "photos", n_samples=n_samples, n_tars=2, size=PHOTO_SIZE)
+    frames = tiny.images.get("frames", pipeline.images.frames)
+    write_photo_tars(
+        folder / "photos",
+        n_samples=n_samples,
+        n_tars=2,
+        size=PHOTO_SIZE,
+        frames=frames if isinstance(frames, int) else 1,
+    )
     backbone = {"model": model, "revision": None, "variant": None, "dtype": "float32"}
     changed = merged(
         pipeline.model_dump(exclude_unset=True, exclude={"tiny"}),

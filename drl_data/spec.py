@@ -126,6 +126,10 @@ class CropViews(Spec):
 class ImageSpec(Spec):
     """From bytes to pixels [c, h, w] uint8: decode, orient, composite, resize, crop.
 
+    With `frames` above 1 a sample is a window of a video, [c, f, h, w]: one member of the tar that
+    holds its frames in order, as an animated WebP, an animated PNG or GIF, or a TIFF of several
+    pages does. Every frame is treated alike.
+
     `resize: shortest` scales the shorter side to the target and keeps the aspect (then `crop:
     center` cuts the rest), `stretch` scales both sides, `none` demands the exact size. Filters are
     Pillow's, which antialias when they shrink.
@@ -152,6 +156,17 @@ class ImageSpec(Spec):
     views: tuple[Literal["id", "hflip"] | CropViews, ...] = ()
     """Views of each image that features are computed of: `id` (the image), `hflip` (mirrored), and
     crops. With any, the store has an axis `view`, in this order; without, none."""
+    frames: Annotated[int, Field(ge=1)] = 1
+    """Frames of a sample, the first ones that it has; one with fewer is an invalid row."""
+    frame_latents: Literal["video", "each"] = "video"
+    """Whether a video's VAE takes the window as a video, which it compresses in time, or `each`
+    frame for itself (DiffTrack)."""
+
+    @model_validator(mode="after")
+    def _each_of_several(self) -> ImageSpec:
+        if self.frame_latents == "each" and self.frames == 1:
+            raise ValueError("frame_latents has a meaning with frames above 1 only")
+        return self
 
     @model_validator(mode="after")
     def _views_once(self) -> ImageSpec:
@@ -182,6 +197,12 @@ class ImageSpec(Spec):
     def n_channels(self) -> int:
         """3 for RGB, 1 for L."""
         return 3 if self.mode == "RGB" else 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the pixels of a sample: (c, h, w), of a window (c, f, h, w)."""
+        window = (self.frames,) if self.frames > 1 else ()
+        return (self.n_channels, *window, *self.size)
 
     @model_validator(mode="after")
     def _one_mean_and_std_a_channel(self) -> ImageSpec:
@@ -275,6 +296,9 @@ class ConditionSpec(Spec):
     class_label: int | Literal["null", "label"] = "null"
     guidance: float = 3.5
     """Guidance scale that guidance-distilled models are told (Flux-dev); others ignore it."""
+    n_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Tokens that prompts are padded to, of models that see the padding and take any number of it
+    (Wan: 512 by default; VidFM3D has 226)."""
 
     @model_validator(mode="after")
     def _one_text(self) -> ConditionSpec:
@@ -285,6 +309,8 @@ class ConditionSpec(Spec):
         names = [name for name, value in given.items() if value]
         if len(names) > 1:
             raise ValueError(f"{' and '.join(names)}: want one of them")
+        if self.n_tokens is not None and self.prompt_embeddings:
+            raise ValueError("n_tokens and prompt_embeddings: the file has its own number")
         if self.template is not None and "{label}" not in self.template:
             raise ValueError(f"template {self.template!r} has no {{label}}; write it as prompt")
         return self
@@ -522,9 +548,9 @@ class ResolvedTime(Spec):
 class ArraySpec(Spec):
     """One feature array: name, the tap that it comes from, and the shape of one row.
 
-    `dims` names the axes of `shape`: ("channel", "height", "width"), ("token", "channel") or
-    ("channel",), or those with "head" in front. In the store the axes ("sample", "timestep") come
-    before them.
+    `dims` names the axes of `shape`: ("channel", "height", "width"), of a video ("channel",
+    "frame", "height", "width"), ("token", "channel") or ("channel",), or those with "head" in
+    front. In the store the axes ("sample", "timestep") come before them.
     """
 
     name: str

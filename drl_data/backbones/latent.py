@@ -29,6 +29,9 @@ class LatentTextBackbone(Backbone):
     TOLD: ClassVar[Mapping[str, str]]
     """Name of each embedding in a file (`prompt_embeds` ...) and in the network's forward."""
 
+    PADS_FREELY: ClassVar[bool] = False
+    """Whether prompts may be padded to any number of tokens."""
+
     def __init__(
         self,
         network: nn.Module,
@@ -71,6 +74,8 @@ class LatentTextBackbone(Backbone):
         assert not spec.per_sample
         if spec.class_label != "null":
             raise SpecError("condition.class_label: this model takes a prompt, not a class")
+        if spec.n_tokens is not None and not self.PADS_FREELY:
+            raise SpecError("condition.n_tokens: this model has its own number of tokens")
         named = self._embeddings(spec)
         told = {
             self.TOLD[name]: tensor.to(
