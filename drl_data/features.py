@@ -175,7 +175,10 @@ class FeatureComputer:
         n_latents = n_members if draws else 1
         reducer.start(0, n_latents)
         posterior = self.backbone.encode_and_tap(
-            self._scaled(pixels), reducer.encoder, reducer.take, self._spec.images
+            self._scaled(pixels),
+            reducer.encoder,
+            reducer.take,
+            frame_latents=self._spec.images.frame_latents,
         )
         latents = [
             posterior.latents(self._posterior_noise(keys, member, posterior.mean), scale=spec.scale)

@@ -62,6 +62,9 @@ CHANGES: dict[str, dict[str, object]] = {
     "caption": {"condition": ConditionSpec(caption=True)},
     "class": {"condition": ConditionSpec(class_label="label")},
     "guidance": {"condition": ConditionSpec(guidance=1.0)},
+    "tokens of the prompt": {"condition": ConditionSpec(n_tokens=226)},
+    "frames": {"images": ImageSpec(size=16, frames=9)},
+    "frames alone": {"images": ImageSpec(size=16, frames=9, frame_latents="each")},
     "embeddings": {"condition_files": {"prompt_embeddings": "f" * 64}},
     "timestep": {"schedule": ScheduleSpec(timesteps=(0, 51))},
     "order of timesteps": {"schedule": ScheduleSpec(timesteps=(50, 0))},
@@ -116,11 +119,12 @@ def test_defaults_never_change() -> None:
         (ImageSpec(size=1), {
             "resize": "shortest", "filter": "bicubic", "mode": "RGB",
             "background": (255, 255, 255), "range": (-1.0, 1.0), "max_pixels": 178_956_970,
+            "frames": 1, "frame_latents": "video",
         }),
         (LatentSpec(), {"posterior": "sample", "scale": True, "per_member": True}),
         (ConditionSpec(), {
             "prompt": "", "template": None, "caption": False, "prompt_embeddings": None,
-            "class_label": "null", "guidance": 3.5,
+            "class_label": "null", "guidance": 3.5, "n_tokens": None,
         }),
         (ScheduleSpec(timesteps=(0,)), {
             "convention": "ddpm_index", "condition_at": "same", "n_steps": None,

@@ -306,14 +306,18 @@ class Backbone(ABC):
         pixels: Tensor,
         taps: Sequence[ResolvedTap],
         transform: Transform,
-        images: ImageSpec,
+        *,
+        frame_latents: Literal["video", "each"] = "video",
     ) -> Posterior:
-        """`encode`, with the taps in the VAE's encoder and of the posterior taken on the way."""
+        """`encode`, with the taps in the VAE's encoder and of the posterior taken on the way.
+
+        `frame_latents` as `ImageSpec` has it.
+        """
         found: list[Posterior] = []
         inside = [tap for tap in taps if tap.module]
 
         def encode() -> None:
-            encode = self._encode_each if images.frame_latents == "each" else self.encode
+            encode = self._encode_each if frame_latents == "each" else self.encode
             found.append(encode(pixels))
 
         if inside:
@@ -374,7 +378,12 @@ class Backbone(ABC):
         reducer.start(0, 1)
         with torch.no_grad():
             if reducer.encoder:
-                self.encode_and_tap(pixels.to(self.dtype), reducer.encoder, reducer.take, images)
+                self.encode_and_tap(
+                    pixels.to(self.dtype),
+                    reducer.encoder,
+                    reducer.take,
+                    frame_latents=images.frame_latents,
+                )
             self.decode_and_tap(x, reducer.decoder, reducer.take, scaled=True)
             self.tap(x, time, self.conditioning(condition), reducer.denoiser, reducer.take)
             found = reducer.finish()
@@ -430,7 +439,7 @@ class Backbone(ABC):
             )
 
         def encode() -> None:
-            self.encode_and_tap(pixels, (), ignored, images)
+            self.encode_and_tap(pixels, (), ignored, frame_latents=images.frame_latents)
             self.decode_and_tap(x, reducer.decoder, ignored, scaled=True)
 
         with torch.no_grad():
