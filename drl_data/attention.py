@@ -1,8 +1,9 @@
-"""Attention probabilities, which fused kernels never hold: computed anew from the same q and k.
+"""Attention probabilities, which fused kernels never hold, and the q and k that they come from.
 
 While an attention module runs, its call of `F.scaled_dot_product_attention` is seen by a
 TorchFunctionMode, whatever processor, normalisation and rotary embedding came before it, with the
-mask and the scale of the call itself. The call goes on unchanged.
+mask and the scale of the call itself: the probabilities are computed anew from the same q and k.
+The call goes on unchanged.
 
 Shapes: b batch, h head, q query, k key, d channel of a head.
 """
@@ -11,11 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+Operand = Literal["query", "key"]
 
 CHUNK_BYTES = 1 << 30
 """Probabilities of so many samples are in memory at once, at least of one."""
@@ -45,15 +50,20 @@ class AttentionWatch(TorchFunctionMode):
     """Gives the probabilities of the attention call inside a watched module to its taker.
 
     `takers`: module path -> what takes [b', h, q, k] of some samples and returns what is kept of
-    them, and what takes all that was kept, joined along the samples.
+    them, and what takes all that was kept, joined along the samples. `operands`: module path ->
+    what takes its queries or its keys, all heads side by side [b, n, h d].
     """
 
     def __init__(
         self,
         takers: Mapping[str, Sequence[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], None]]]],
+        operands: Mapping[
+            str, Sequence[tuple[Operand, Callable[[Tensor], None]]]
+        ] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         self._takers = takers
+        self._operands = operands
         self._inside: list[str] = []
         self._working = False
 
@@ -95,11 +105,14 @@ class AttentionWatch(TorchFunctionMode):
         assert isinstance(query, Tensor)
         assert isinstance(key, Tensor)
         mask = attn_mask if isinstance(attn_mask, Tensor) else None
+        for which, give in self._operands.get(self._inside[-1], ()):
+            x = query if which == "query" else key
+            give(x.transpose(1, 2).flatten(2))
         b, h, n_queries, _ = query.shape
         if mask is not None and mask.ndim == 4:
             mask = mask.expand(b, *mask.shape[1:])
         step = max(CHUNK_BYTES // max(h * n_queries * key.shape[2] * 4, 1), 1)
-        for keep, give in self._takers[self._inside[-1]]:
+        for keep, give in self._takers.get(self._inside[-1], ()):
             parts = []
             for i in range(0, b, step):
                 some = mask if mask is None or mask.ndim != 4 else mask[i : i + step]

@@ -15,10 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from drl_data.attention import AttentionWatch
+from drl_data.attention import AttentionWatch, Operand
 from drl_data.errors import TapError
 from drl_data.reduce import PROBABILITIES, at_source, reduce
 from drl_data.taps import ResolvedTap
+
+OPERANDS: Mapping[str, Operand] = {"attn.query": "query", "attn.key": "key"}
+"""Sites of what an attention multiplies."""
 
 MAX_PREFIX_TOKENS = 16
 """More tokens than this before an encoder's patches are no class token and registers."""
@@ -86,7 +89,7 @@ def capture(
     if missing:
         raise TapError(
             f"the forward never reached {', '.join(missing)}: the module exists but is not called "
-            "with this conditioning (or, for attn.probs, does not call "
+            "with this conditioning (or, for attn.probs, attn.query and attn.key, does not call "
             "F.scaled_dot_product_attention); tap another module"
         )
     return captured
@@ -100,21 +103,31 @@ def _hooks(
     model: nn.Module, taps: Sequence[ResolvedTap], take: Take, streams: Streams | None
 ) -> Iterator[None]:
     """The hooks of all taps, while the block runs."""
-    probs: dict[str, list[ResolvedTap]] = defaultdict(list)
+    watched: dict[str, list[ResolvedTap]] = defaultdict(list)
     handles: list[RemovableHandle] = []
     with ExitStack() as stack:
         for tap in taps:
-            if tap.site == "attn.probs":
-                probs[tap.module].append(tap)
+            if tap.site == "attn.probs" or tap.site in OPERANDS:
+                watched[tap.module].append(tap)
             else:
                 handles.append(_hook(model.get_submodule(tap.module), tap, take, streams))
-        if probs:
+        if watched:
             watch = AttentionWatch(
-                {path: [_taker(tap, take, streams) for tap in group]
-                 for path, group in probs.items()}
-            )  # fmt: skip
+                {
+                    path: [_taker(tap, take, streams) for tap in group if tap.site == "attn.probs"]
+                    for path, group in watched.items()
+                },
+                {
+                    path: [
+                        (OPERANDS[tap.site], _operand_taker(tap, take, streams))
+                        for tap in group
+                        if tap.site in OPERANDS
+                    ]
+                    for path, group in watched.items()
+                },
+            )
             stack.enter_context(watch)
-            for path in probs:
+            for path in watched:
                 handles += _watch(model.get_submodule(path), path, watch)
         try:
             yield
@@ -157,8 +170,10 @@ def image_output(module: nn.Module, output: object, streams: Streams | None) -> 
 
 
 def _gives_text_first(module: nn.Module) -> bool:
-    """Blocks return (text, image), attentions (image, text), in every diffusers model with both."""
-    return "Attention" not in type(module).__name__
+    """Blocks return (text, image), attentions (image, text), in every diffusers model with both;
+    but CogVideoX's blocks and norms too return (image, text)."""
+    name = type(module).__name__
+    return "Attention" not in name and not name.startswith("CogVideoX")
 
 
 def _taker(
@@ -178,6 +193,13 @@ def _taker(
         return reduce(x, PROBABILITIES, at_source(tap.reduce))[0]
 
     return keep, lambda x: take(tap, x)
+
+
+def _operand_taker(
+    tap: ResolvedTap, take: Take, streams: Streams | None
+) -> Callable[[Tensor], None]:
+    """What takes the queries or the keys [b, n, c] of an attention."""
+    return lambda x: take(tap, _apply_parts(tap, x, tap.parts, streams))
 
 
 def _modulation_of(tap: ResolvedTap, module: nn.Module, given: Sequence[object]) -> Tensor:

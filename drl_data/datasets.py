@@ -380,7 +380,7 @@ class FeatureStream(IterableDataset[FeatureBatch]):
         self, index: SampleIndex, spec: ImageSpec, rows: Rows
     ) -> npt.NDArray[np.uint8]:
         """Pixels [len(rows), c, h, w] of rows (increasing), decoded anew from the tars."""
-        pixels = np.zeros((len(rows), spec.n_channels, *spec.size), np.uint8)
+        pixels = np.zeros((len(rows), *spec.shape), np.uint8)
         cuts = np.flatnonzero(np.diff(rows) != 1) + 1
         done = 0
         for run in np.split(rows, cuts):
@@ -419,7 +419,7 @@ class FeatureStream(IterableDataset[FeatureBatch]):
         pixels = None
         if self._images is not None:
             spec = self._images[1]
-            joined = np.empty((len(rows), spec.n_channels, *spec.size), np.uint8)
+            joined = np.empty((len(rows), *spec.shape), np.uint8)
             for places, block, found in parts:
                 assert block.pixels is not None
                 joined[places] = block.pixels[found]

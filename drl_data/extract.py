@@ -360,12 +360,9 @@ def _check_corruption(backbone: Backbone, spec: FeatureSpec, bank: Tensor | None
     noise_shape(spec.noise, shape)
     if bank is not None:
         noise_table(spec.noise, shape, len(spec.schedule.timesteps), bank)
-    if spec.latents.scale == "per_channel":
-        pixels = torch.empty(
-            (1, spec.images.n_channels, *spec.images.size),
-            dtype=backbone.dtype,
-            device=backbone.device,
-        )
+    if spec.latents.scale == "per_channel" or len(shape) == 4:  # videos' VAEs may have nothing else
+        frame = (1, spec.images.n_channels, *spec.images.size)
+        pixels = torch.empty(frame, dtype=backbone.dtype, device=backbone.device)
         with torch.no_grad():
             backbone.encode(pixels).latents(None, scale=spec.latents.scale)
 

@@ -94,13 +94,13 @@ class FeatureComputer:
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """(position of the timestep, {array: features [b, *shape]}) for each timestep in turn.
 
-        `pixels` is uint8 [b, c, H, W], `keys` names its samples, `conditioning` is theirs if it
-        differs between samples (default: what the computer was made with). The features are on the
-        backbone's device in its dtype, or float32 (averages over members, some reductions). The
-        image is encoded once, whatever the number of timesteps and members. The timesteps come in
-        the order of the spec, but of an inversion in the order in which it meets them. What is the
-        same at every timestep comes with the first of them, what is averaged over them with the
-        last.
+        `pixels` is uint8 [b, c, H, W], of windows of videos [b, c, f, H, W]; `keys` names its
+        samples, `conditioning` is theirs if it differs between samples (default: what the computer
+        was made with). The features are on the backbone's device in its dtype, or float32
+        (averages over members, some reductions). The image is encoded once, whatever the number of
+        timesteps and members. The timesteps come in the order of the spec, but of an inversion in
+        the order in which it meets them. What is the same at every timestep comes with the first
+        of them, what is averaged over them with the last.
         """
         told = self._conditioning if conditioning is None else conditioning
         reducer = TapReducer(self.taps, n_times=len(self._times), fits=self._fits)
@@ -184,7 +184,10 @@ class FeatureComputer:
         n_latents = n_members if draws else 1
         reducer.start(0, n_latents)
         posterior = self.backbone.encode_and_tap(
-            self._scaled(pixels), reducer.encoder, reducer.take
+            self._scaled(pixels),
+            reducer.encoder,
+            reducer.take,
+            frame_latents=self._spec.images.frame_latents,
         )
         latents = [
             posterior.latents(self._posterior_noise(keys, member, posterior.mean), scale=spec.scale)
@@ -201,8 +204,11 @@ class FeatureComputer:
         x = torch.from_numpy(pixels).to(self.backbone.device, non_blocking=True).float()
         x = x / 255 * (high - low) + low
         if images.mean is not None and images.std is not None:
-            mean, std = (torch.tensor(v, device=x.device) for v in (images.mean, images.std))
-            x = (x - mean[:, None, None]) / std[:, None, None]
+            shape = (-1, *[1] * (x.ndim - 2))
+            mean, std = (
+                torch.tensor(v, device=x.device).reshape(shape) for v in (images.mean, images.std)
+            )
+            x = (x - mean) / std
         return x.to(self.backbone.dtype)
 
     def _posterior_noise(self, keys: Sequence[str], member: int, like: Tensor) -> Tensor | None:

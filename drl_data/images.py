@@ -3,7 +3,8 @@
 `read_batches` fetches a unit's bytes in a few large ranges (one for each run of neighbouring images
 in a tar), decodes in threads, and stays within a budget of bytes. Pixels depend on neither.
 
-Shape suffixes: h height, w width, c channel, b row of a batch; pixels are uint8 [c, h, w].
+Shape suffixes: h height, w width, c channel, f frame, b row of a batch; pixels are uint8 [c, h, w],
+of a window of a video [c, f, h, w].
 """
 
 from __future__ import annotations
@@ -55,12 +56,14 @@ def decode_image(data: Buffer, spec: ImageSpec) -> np.ndarray:
     """Pixels uint8 [c, h, w], C-contiguous, of one JPEG, PNG, WebP, BMP, TIFF or GIF.
 
     In this order: EXIF orientation, 16 bits to 8 (65535 to 255, rounded), `background` under
-    transparent pixels, RGB or L, resize, centre crop or padding. Of an animation the first frame.
+    transparent pixels, RGB or L, resize, centre crop or padding. Of an animation the first frame;
+    if the spec wants several, the first ones, [c, f, h, w].
 
     Raises:
         ImageError: at stage `decode`, whatever is wrong with these bytes.
     """
-    return _decode(data, spec, lambda image: _as_chw(fitted(image, spec), spec))
+    (pixels,) = _decode(data, spec, lambda image: [_as_chw(fitted(image, spec), spec)])
+    return np.ascontiguousarray(pixels)
 
 
 def displayed_size(data: Buffer) -> tuple[int, int]:
@@ -80,26 +83,42 @@ def displayed_size(data: Buffer) -> tuple[int, int]:
 
 
 def decode_views(data: Buffer, spec: ImageSpec, key: str) -> np.ndarray:
-    """Pixels uint8 [view, c, h, w] of the views that the spec names, of one decoded image.
+    """Pixels uint8 [view, *spec.shape] of the views that the spec names, of one decoded image.
 
     Raises:
         ImageError: as `decode_image`.
     """
-    return _decode(data, spec, lambda image: np.stack(list(_views(image, spec, key))))
+    return _decode(data, spec, lambda image: list(_views(image, spec, key)))
 
 
 def _decode(
-    data: Buffer, spec: ImageSpec, finish: Callable[[Image.Image], np.ndarray]
+    data: Buffer, spec: ImageSpec, finish: Callable[[Image.Image], list[np.ndarray]]
 ) -> np.ndarray:
+    """What `finish` makes of each frame, [*, c, h, w], joined to [*, *spec.shape]."""
     try:
         image = _open(data)
         check_n_pixels((image.height, image.width), spec)
-        image.load()
-        return finish(_flattened(_upright(image), spec))
+        frames = [np.stack(finish(frame)) for frame in _frames(image, spec)]
+        return frames[0] if spec.frames == 1 else np.stack(frames, axis=2)
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # a decoder may raise anything on hostile bytes: this row's fault
         raise ImageError("decode", _one_line(error)) from error
+
+
+def _frames(image: Image.Image, spec: ImageSpec) -> Iterator[Image.Image]:
+    """The first frames of an image, upright and in the mode of the spec."""
+    n_frames = getattr(image, "n_frames", 1) if spec.frames > 1 else 1
+    if n_frames < spec.frames:
+        raise ImageError("decode", f"{n_frames} frames, want {spec.frames} or more (images.frames)")
+    for number in range(spec.frames):
+        if spec.frames > 1:
+            image.seek(number)
+            check_n_pixels(
+                (image.height, image.width), spec
+            )  # pages of a TIFF have their own sizes
+        image.load()
+        yield _flattened(_upright(image), spec)
 
 
 def _as_chw(image: Image.Image, spec: ImageSpec) -> np.ndarray:
@@ -186,8 +205,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 class ImageBatch:
     """Consecutive rows of one unit, decoded.
 
-    `pixels` is uint8 [batch_size, c, h, w], or [batch_size, view, c, h, w]; invalid rows, and rows
-    past `n_rows`, are zeros.
+    `pixels` is uint8 [batch_size, *spec.shape], or [batch_size, view, *spec.shape] if `has_views`;
+    invalid rows, and rows past `n_rows`, are zeros.
     `read_s` and `decode_s` are seconds summed over threads.
     """
 
@@ -200,10 +219,11 @@ class ImageBatch:
     """Bytes of the images of this batch, compressed."""
     read_s: float
     decode_s: float
+    has_views: bool = False
 
     def of_view(self, view: int) -> np.ndarray:
-        """Pixels [batch_size, c, h, w] of one view; without the axis, of the only one."""
-        return self.pixels if self.pixels.ndim == 4 else self.pixels[:, view]
+        """Pixels [batch_size, *spec.shape] of one view; without the axis, of the only one."""
+        return self.pixels[:, view] if self.has_views else self.pixels
 
 
 def read_batches(
@@ -286,7 +306,7 @@ class _UnitReader:
     ) -> None:
         self._unit, self._spec, self._batch_size = unit, spec, batch_size
         axis = [spec.n_views] if spec.views else []
-        self._row_shape = (*axis, spec.n_channels, *spec.size)
+        self._row_shape = (*axis, *spec.shape)
         rows = index.slice(unit.start, unit.stop)
         self._keys: list[str] = rows.column("key").to_pylist()
         self._reasons: list[str | None] = rows.column("reason").to_pylist()
@@ -322,7 +342,10 @@ class _UnitReader:
         stop = min(start + self._batch_size, self._unit.stop)
         self._fetch_ahead(stop)
         keys = self._keys[start - self._unit.start : stop - self._unit.start]
-        batch = ImageBatch(start, stop - start, self._batch_pixels(start), keys, [], 0, 0.0, 0.0)
+        batch = ImageBatch(
+            start, stop - start, self._batch_pixels(start), keys, [], 0, 0.0, 0.0,
+            has_views=bool(self._spec.views),
+        )  # fmt: skip
         for row in range(start, stop):
             key, reason = keys[row - start], self._reasons[row - self._unit.start]
             if reason is not None:
@@ -394,7 +417,7 @@ class _Read:
 def _decode_into(
     out: np.ndarray, read: Future[_Read], i: int, spec: ImageSpec, key: str
 ) -> _Decoded:
-    """Decode the i-th image of a span into `out`, [c, h, w] or [view, c, h, w]."""
+    """Decode the i-th image of a span into `out`, [*spec.shape] or [view, *spec.shape]."""
     fetched = read.result()
     data = fetched.images[i]
     start = time.perf_counter()

@@ -167,7 +167,10 @@ def _n_pooled(array: ArraySpec, pool: int) -> int:
 
 
 def _pooled(x: Tensor, dims: Sequence[str], pool: int) -> Tensor:
-    """[b, t, *dims] to float32 [b, t, c]; of a map [b, t, c * pool * pool]."""
+    """[b, t, *dims] to float32 [b, t, c]; of a map [b, t, c * pool * pool], the mean of a video's
+    frames."""
+    if "frame" in dims:
+        x, dims = x.float().mean(dims.index("frame") + 2), [d for d in dims if d != "frame"]
     if "token" in dims:
         return x.float().mean(dims.index("token") + 2)
     if tuple(dims[-2:]) != SPACE:
@@ -178,7 +181,9 @@ def _pooled(x: Tensor, dims: Sequence[str], pool: int) -> Tensor:
 
 
 def _flat_pixels(pixels: Tensor) -> Tensor:
-    """uint8 [b, c, h, w] to float32 [b, 1, c * h * w] in 0..1."""
+    """uint8 [b, c, h, w] to float32 [b, 1, c * h * w] in 0..1; of videos the mean of the frames."""
+    if pixels.ndim == 5:
+        pixels = pixels.float().mean(2)
     h, w = (min(side, MAX_PIXEL_SIDE) for side in pixels.shape[2:])
     x = pixels.float() / 255
     if (h, w) != pixels.shape[2:]:

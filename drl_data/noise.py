@@ -39,7 +39,8 @@ def _generator(*parts: str | int | float) -> np.random.Generator:
 
 
 def noise_shape(spec: NoiseSpec, shape: Sequence[int]) -> tuple[int, ...]:
-    """Shape of the numbers that corrupt one sample [c, h, w]: its own, or one for each patch.
+    """Shape of the numbers that corrupt one sample [c, h, w] or [c, f, h, w]: its own, or one for
+    each patch.
 
     Raises:
         SpecError: if patches do not tile the sample.
@@ -50,7 +51,7 @@ def noise_shape(spec: NoiseSpec, shape: Sequence[int]) -> tuple[int, ...]:
         raise SpecError(
             f"noise.patch {spec.patch}: squares of that side do not tile {shape[-2]}x{shape[-1]}"
         )
-    return (1, shape[-2] // spec.patch, shape[-1] // spec.patch)
+    return (1, *shape[1:-2], shape[-2] // spec.patch, shape[-1] // spec.patch)
 
 
 def native_shape(spec: NoiseSpec, shape: Sequence[int]) -> tuple[int, ...]:
@@ -128,7 +129,10 @@ def batch_noise(
 
 
 def _interpolated(one: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The noise of all samples in their shape [c, h, w], from a base size as ODISE does."""
+    """The noise of all samples [c, h, w] or [c, f, h, w], each plane from a base size as ODISE
+    does."""
     if one.shape == shape:
         return one
-    return F.interpolate(one[None], size=shape[-2:], mode="bicubic", align_corners=False)[0]
+    planes = one.reshape(1, -1, *one.shape[-2:])
+    enlarged = F.interpolate(planes, size=shape[-2:], mode="bicubic", align_corners=False)
+    return enlarged.reshape(shape)

@@ -147,11 +147,11 @@ def thumbnails(store: FeatureStore) -> list[Shown]:
 
 
 def _pixels(store: FeatureStore, row: int) -> Pixels | None:
-    """[h, w, c] of one row; None if its tar is not there any more."""
+    """[h, w, c] of one row, of a video its first frame; None if its tar is not there any more."""
     batches = read_batches(
         Unit(0, row, row + 1),
         store.index,
-        store.spec.images,
+        store.spec.images.model_copy(update={"frames": 1}),
         batch_size=1,
         n_threads=1,
         prefetch_bytes=64 << 20,

@@ -236,6 +236,8 @@ def _training_pixels(
     spec: PretrainSpec, index: SampleIndex, images: ImageSpec, progress: Progress
 ) -> tuple[np.ndarray, int]:
     """The split's valid images uint8 [n, c, h, w], decoded once, and the number of invalid ones."""
+    if images.frames > 1:
+        raise SpecError(f"images.frames {images.frames}: pretraining is of images, not of videos")
     splits = np.array(index.table.column("split").to_pylist())
     rows = np.flatnonzero(splits == spec.split)
     if not len(rows):

@@ -1,7 +1,9 @@
 """Reductions on the device, before features travel to the host. Applied in the order written.
 
-    mean, max            over space or tokens                 (c, h, w) -> (c)      (n, c) -> (c)
-    avg_pool(S | HxW)    adaptive average pool of a map; never enlarges it
+    mean, max            over space or tokens, and frames     (c, h, w) -> (c)      (n, c) -> (c)
+    avg_pool(S | HxW)    adaptive average pool of a map, of each frame; never enlarges it
+    frame_mean           over frames                          (c, f, h, w) -> (c, h, w)
+    frames(0:4,8)        these frames, in this order
     cls                  the first token                      (n, c) -> (c)
     tokens(0:16,20)      these tokens, in this order
     channels(0:16,20)    these channels, in this order (of attention probabilities: keys)
@@ -14,7 +16,8 @@
     adaln                layer_norm, then (1 + scale) x + shift of the tapped block
     l2                   unit L2 norm along the channel
     standardise          per sample over everything: (x - mean) / std, n - 1 (RCG)
-    spatial_norm[(G)]    per sample and channel: (x - G mean) / std over space; G 1 (iREPA)
+    spatial_norm[(G)]    per sample and channel: (x - G mean) / std over space (and frames); G 1
+                         (iREPA)
     time_mean            mean over the timesteps; the array has one entry for all of them
 
 The same code gives the shapes, on the meta device. Those from `project` to `spatial_norm` but `l2`
@@ -40,6 +43,7 @@ from drl_data.noise import draw_normal
 from drl_data.spec import DType
 
 MAP = ("channel", "height", "width")
+VIDEO = ("channel", "frame", "height", "width")
 TOKENS = ("token", "channel")
 VECTOR = ("channel",)
 PROBABILITIES = ("head", "token", "channel")
@@ -51,6 +55,9 @@ TORCH_DTYPES: Mapping[DType, torch.dtype] = {
     "bfloat16": torch.bfloat16,
 }
 """Types that a backbone computes in."""
+
+SPACE = ("frame", "height", "width", "token")
+"""Axes of positions, which `mean` and its like average over."""
 
 TIME_MEAN = "time_mean"
 LAYER_NORM_EPS = 1e-6
@@ -206,7 +213,7 @@ def _axis(a: Axes, name: str) -> int:
 def _over_space(average: Callable[[Tensor, list[int]], Tensor]) -> Reduction:
     def apply(a: Axes, arguments: Sequence[str], _: Context) -> Axes:
         _none(arguments)
-        space = [d for d in a.dims if d in ("height", "width", "token")]
+        space = [d for d in a.dims if d in SPACE]
         if not space:
             raise _UnfitError("it needs space or tokens")
         axes = [_axis(a, d) for d in space]
@@ -262,10 +269,10 @@ def _zero_channels(a: Axes, arguments: Sequence[str], _: Context) -> Axes:
     return Axes(a.x.index_fill(axis, zeroed, 0), a.dims)
 
 
-def _over_heads(average: Callable[[Tensor, int], Tensor]) -> Reduction:
+def _over(name: str, average: Callable[[Tensor, int], Tensor]) -> Reduction:
     def apply(a: Axes, arguments: Sequence[str], _: Context) -> Axes:
         _none(arguments)
-        return Axes(average(a.x, _axis(a, "head")), tuple(d for d in a.dims if d != "head"))
+        return Axes(average(a.x, _axis(a, name)), tuple(d for d in a.dims if d != name))
 
     return apply
 
@@ -349,7 +356,7 @@ def _standardise(a: Axes, arguments: Sequence[str], _: Context) -> Axes:
 
 def _spatial_norm(a: Axes, arguments: Sequence[str], _: Context) -> Axes:
     gamma = _number(arguments, 1.0)
-    axes = [_axis(a, d) for d in a.dims if d in ("height", "width", "token")]
+    axes = [_axis(a, d) for d in a.dims if d in SPACE]
     if not axes:
         raise _UnfitError("it needs space or tokens")
     x = a.x.float()
@@ -369,8 +376,10 @@ _REDUCTIONS: Mapping[str, Reduction] = {
     "drop_channels": _drop_channels,
     "zero_channels": _zero_channels,
     "heads": _select("head"),
-    "head_mean": _over_heads(lambda x, axis: x.mean(axis)),
-    "head_sum": _over_heads(lambda x, axis: x.sum(axis)),
+    "head_mean": _over("head", lambda x, axis: x.mean(axis)),
+    "head_sum": _over("head", lambda x, axis: x.sum(axis)),
+    "frames": _select("frame"),
+    "frame_mean": _over("frame", lambda x, axis: x.mean(axis)),
     "project": _project,
     "pca": _pca,
     "layer_norm": _layer_norm,

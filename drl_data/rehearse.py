@@ -47,7 +47,14 @@ def rehearsal(pipeline: Pipeline, folder: Path, *, n_samples: int = N_SAMPLES) -
     condition: dict[str, object] = {}
     if pipeline.condition.prompt_embeddings is not None:
         condition["prompt_embeddings"] = str(_embeddings(model, folder / "embeddings.safetensors"))
-    write_photo_tars(folder / "photos", n_samples=n_samples, n_tars=2, size=PHOTO_SIZE)
+    frames = tiny.images.get("frames", pipeline.images.frames)
+    write_photo_tars(
+        folder / "photos",
+        n_samples=n_samples,
+        n_tars=2,
+        size=PHOTO_SIZE,
+        frames=frames if isinstance(frames, int) else 1,
+    )
     changed = merged(
         pipeline.model_dump(exclude_unset=True, exclude={"tiny"}),
         {

@@ -206,7 +206,8 @@ class NoiseSchedule:
     def _at_noise_level(self, level: float) -> Step:
         """The fractional index of a noise level, linear in its logarithm as in k-diffusion."""
         abar = self.alphas_cumprod.double().numpy()
-        levels = np.sqrt((1 - abar) / abar)
+        with np.errstate(divide="ignore"):  # the last level of a zero-SNR schedule is infinite
+            levels = np.sqrt((1 - abar) / abar)
         if not levels[0] <= level <= levels[-1]:
             raise SpecError(
                 f"schedule.timesteps {level}: this model knows the noise levels "

@@ -135,6 +135,10 @@ class CropViews(Spec):
 class ImageSpec(Spec):
     """From bytes to pixels [c, h, w] uint8: decode, orient, composite, resize, crop.
 
+    With `frames` above 1 a sample is a window of a video, [c, f, h, w]: one member of the tar that
+    holds its frames in order, as an animated WebP, an animated PNG or GIF, or a TIFF of several
+    pages does. Every frame is treated alike.
+
     `resize: shortest` scales the shorter side to the target and keeps the aspect (then `crop:
     center` cuts the rest), `pad` scales the longer side, keeps the aspect, centres the image and
     fills the rest (sd-dino, GeoAware-SC), `stretch` scales both sides, `none` demands the exact
@@ -163,6 +167,17 @@ class ImageSpec(Spec):
     views: tuple[Literal["id", "hflip"] | CropViews, ...] = ()
     """Views of each image that features are computed of: `id` (the image), `hflip` (mirrored), and
     crops. With any, the store has an axis `view`, in this order; without, none."""
+    frames: Annotated[int, Field(ge=1)] = 1
+    """Frames of a sample, the first ones that it has; one with fewer is an invalid row."""
+    frame_latents: Literal["video", "each"] = "video"
+    """Whether a video's VAE takes the window as a video, which it compresses in time, or `each`
+    frame for itself (DiffTrack)."""
+
+    @model_validator(mode="after")
+    def _each_of_several(self) -> ImageSpec:
+        if self.frame_latents == "each" and self.frames == 1:
+            raise ValueError("frame_latents has a meaning with frames above 1 only")
+        return self
 
     @model_validator(mode="after")
     def _fill_where_there_is_a_rest(self) -> ImageSpec:
@@ -199,6 +214,12 @@ class ImageSpec(Spec):
     def n_channels(self) -> int:
         """3 for RGB, 1 for L."""
         return 3 if self.mode == "RGB" else 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the pixels of a sample: (c, h, w), of a window (c, f, h, w)."""
+        window = (self.frames,) if self.frames > 1 else ()
+        return (self.n_channels, *window, *self.size)
 
     @model_validator(mode="after")
     def _one_mean_and_std_a_channel(self) -> ImageSpec:
@@ -332,7 +353,7 @@ class ConditionSpec(Spec):
     """Height and width in pixels that SDXL is told it makes; not said: those of the input."""
     t5_tokens: Annotated[int, Field(ge=1)] | None = None
     """Tokens that T5's text is cut or padded to; default: what diffusers' pipelines have (SD3 256,
-    Flux 512). Seg4Diff has 77, the authors' own Flux-schnell 256."""
+    Flux and Wan 512). Seg4Diff has 77, the authors' own Flux-schnell 256, VidFM3D's Wan 226."""
     t5: bool = True
     """`false` has zeros where T5's states would be, as SD3's pipeline without its third encoder
     (Seg4Diff)."""
@@ -654,9 +675,10 @@ class ResolvedTime(Spec):
 class ArraySpec(Spec):
     """One feature array: name, the tap that it comes from, and the shape of one row.
 
-    `dims` names the axes of `shape`: ("channel", "height", "width"), ("token", "channel") or
-    ("channel",), or those with "head" in front; ("candidate", "member") of a table of losses. In
-    the store the axes ("sample", "timestep") come before them.
+    `dims` names the axes of `shape`: ("channel", "height", "width"), of a video ("channel",
+    "frame", "height", "width"), ("token", "channel") or ("channel",), or those with "head" in
+    front; ("candidate", "member") of a table of losses. In the store the axes ("sample",
+    "timestep") come before them.
     """
 
     name: str

@@ -42,6 +42,8 @@ class Student(nn.Module):
             SpecError: `transformers` has no such model, or not with this configuration.
         """
         super().__init__()
+        if images.frames > 1:
+            raise SpecError(f"images.frames {images.frames}: students take images, not videos")
         self.enlarge = max(1, math.ceil(MIN_SIDE / min(images.size)))
         self.range = images.range
         self.n_pixels = math.prod(images.size) * self.enlarge**2

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-PLACES = ("out", "in", "attn.probs", "modulation")
-"""Where a hook sits: output, input, attention probabilities, or the AdaLN of an ada_norm_single."""
+PLACES = ("out", "in", "attn.probs", "attn.query", "attn.key", "modulation")
+"""Where a hook sits: output, input, inside an attention, or the AdaLN of an ada_norm_single."""
 
 PREDICTIONS = ("x0", "eps", "v")
 """What the network's output can be read as (schedule.py)."""
@@ -57,7 +57,7 @@ _PROJECTIONS: Mapping[str, tuple[str, ...]] = {
 }
 """Names of an attention's projections in diffusers and in transformers."""
 
-_FEED_FORWARDS = ("ff", "mlp", "feed_forward")
+_FEED_FORWARDS = ("ff", "mlp", "feed_forward", "ffn")
 _HEADS = ("heads", "num_heads", "num_attention_heads")
 
 
@@ -148,25 +148,46 @@ def _chunk(names: Sequence[str], parts: tuple[str, ...], size: int) -> tuple[str
 
 def _projection(site: str) -> Callable[[Modules, str, tuple[str, ...]], Place | None]:
     def find(modules: Modules, module: str, parts: tuple[str, ...]) -> Place | None:
-        """The projection's output, before the split into heads (GDF, PnP, DiffTrack)."""
+        """The projection's output, before the split into heads (GDF, PnP)."""
         child = _child(modules, module, _PROJECTIONS[site])
         if child is None:
             return None
-        linear, heads = modules[f"{module}.{child}"], n_heads(modules[module])
-        chosen: list[str] = []
-        for part in parts:
-            if part.startswith("heads["):
-                if heads is None or not isinstance(linear, nn.Linear):
-                    return None
-                size = linear.out_features // heads
-                ids = [int(i) for i in part[len("heads[") : -1].split(",")]
-                if max(ids) >= heads:
-                    return None
-                part = f"channels[{','.join(f'{i * size}:{(i + 1) * size}' for i in ids)}]"
-            chosen.append(part)
-        return Place(f"{module}.{child}", "out", tuple(chosen))
+        chosen = _head_channels(modules, module, child, parts)
+        return None if chosen is None else Place(f"{module}.{child}", "out", chosen)
 
     return find
+
+
+def _operand(site: str, projection: str) -> Callable[[Modules, str, tuple[str, ...]], Place | None]:
+    def find(modules: Modules, module: str, parts: tuple[str, ...]) -> Place | None:
+        """What the attention multiplies: the projection after its norm and its rotary embedding,
+        heads side by side (DiffTrack)."""
+        child = _child(modules, module, _PROJECTIONS[projection])
+        if child is None:
+            return None
+        chosen = _head_channels(modules, module, child, parts)
+        return None if chosen is None else Place(module, site, chosen)
+
+    return find
+
+
+def _head_channels(
+    modules: Modules, module: str, child: str, parts: tuple[str, ...]
+) -> tuple[str, ...] | None:
+    """`heads[...]` as channels of a projection; None if it has no such heads."""
+    linear, heads = modules[f"{module}.{child}"], n_heads(modules[module])
+    chosen: list[str] = []
+    for part in parts:
+        if part.startswith("heads["):
+            if heads is None or not isinstance(linear, nn.Linear):
+                return None
+            size = linear.out_features // heads
+            ids = [int(i) for i in part[len("heads[") : -1].split(",")]
+            if max(ids) >= heads:
+                return None
+            part = f"channels[{','.join(f'{i * size}:{(i + 1) * size}' for i in ids)}]"
+        chosen.append(part)
+    return tuple(chosen)
 
 
 def _attention_out(modules: Modules, module: str, parts: tuple[str, ...]) -> Place | None:
@@ -202,6 +223,8 @@ _EXPANSIONS: Mapping[str, Callable[[Modules, str, tuple[str, ...]], Place | None
     "attn.q": _projection("attn.q"),
     "attn.k": _projection("attn.k"),
     "attn.v": _projection("attn.v"),
+    "attn.query": _operand("attn.query", "attn.q"),
+    "attn.key": _operand("attn.key", "attn.k"),
     "attn.out": _attention_out,
     "attn.probs": _probabilities,
     "ff.in": _feed_forward_in,

@@ -5,6 +5,7 @@
               `vae.` before a path is the VAE, `vae.enc[i]` and `vae.dec[i]` its i-th block
     site    = "out" (default) | "in" | pre_residual | pre_concat | skip | adaln | ff.in
               | attn.q | attn.k | attn.v | attn.out | attn.probs          (tap_sites.py)
+              | attn.query | attn.key        q and k after their norm and rotary embedding
     model site = latent | x0 | eps | v | loss
     part    = position in the tuple that the module returns, or is called with
               | image | text                       tokens of one stream of a joint transformer

@@ -27,12 +27,18 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
+PAN = 2
+"""Pixels that a crop moves from one frame of a video to the next, down and to the right."""
 
-def write_photo_tars(folder: Path, *, n_samples: int, n_tars: int = 2, size: int = 40) -> Path:
+
+def write_photo_tars(
+    folder: Path, *, n_samples: int, n_tars: int = 2, size: int = 40, frames: int = 1
+) -> Path:
     """Tars of JPEG crops of two real photographs; label 0 is the temple, 1 the flower.
 
-    Files `photos-000000.tar` ...; members `crop-0000.jpg`, `crop-0000.cls`, `crop-0000.txt`.
-    Bytes are reproducible.
+    Files `photos-000000.tar` ...; members `crop-0000.jpg`, `crop-0000.cls`, `crop-0000.txt`. With
+    `frames` above 1 a sample is a video, the crop in slow motion: `crop-0000.tif`, lossless, of so
+    many pages. Bytes are reproducible.
     """
     from sklearn.datasets import load_sample_image
 
@@ -40,23 +46,40 @@ def write_photo_tars(folder: Path, *, n_samples: int, n_tars: int = 2, size: int
     generator = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     per_tar = -(-n_samples // n_tars)
+    way = PAN * (frames - 1)
     for tar in range(n_tars):
         with webdataset.TarWriter(str(folder / f"photos-{tar:06d}.tar"), mtime=0) as writer:
             for i in range(tar * per_tar, min((tar + 1) * per_tar, n_samples)):
                 photo = photos[i % 2]
-                top, left = (int(generator.integers(0, side - size)) for side in photo.shape[:2])
-                buffer = io.BytesIO()
-                crop = Image.fromarray(photo[top : top + size, left : left + size])
-                crop.save(buffer, "JPEG", quality=90)
+                top, left = (
+                    int(generator.integers(0, side - size - way)) for side in photo.shape[:2]
+                )
+                crops = [
+                    Image.fromarray(photo[top + at : top + at + size, left + at : left + at + size])
+                    for at in range(0, way + 1, PAN)
+                ]
+                extension, data = _encoded(crops)
                 writer.write(
                     {
                         "__key__": f"crop-{i:04d}",
-                        "jpg": buffer.getvalue(),
+                        extension: data,
                         "cls": str(i % 2).encode(),
                         "txt": ("a temple", "a flower")[i % 2].encode(),
                     }
                 )
     return folder
+
+
+def _encoded(frames: list[Image.Image]) -> tuple[str, bytes]:
+    """Extension and bytes of an image or of a video."""
+    buffer = io.BytesIO()
+    if len(frames) == 1:
+        frames[0].save(buffer, "JPEG", quality=90)
+        return "jpg", buffer.getvalue()
+    frames[0].save(
+        buffer, "TIFF", save_all=True, append_images=frames[1:], compression="tiff_adobe_deflate"
+    )
+    return "tif", buffer.getvalue()
 
 
 @dataclass

@@ -417,6 +417,80 @@ def save_tiny_sana(folder: Path, *, seed: int = 0, **config: object) -> Path:
     return folder
 
 
+def save_tiny_wan(folder: Path, *, seed: int = 0, **config: object) -> Path:
+    """The folder of a Wan 2.1 pipeline: UMT5, a VAE of videos, a flow scheduler."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    torch.manual_seed(seed)
+    WanTransformer3DModel(
+        **{
+            "num_attention_heads": 2,
+            "attention_head_dim": 12,
+            "text_dim": 24,
+            "freq_dim": 16,
+            "ffn_dim": 32,
+            "num_layers": 2,
+            "rope_max_seq_len": 32,
+            **config,
+        }
+    ).save_pretrained(folder / "transformer")
+    AutoencoderKLWan(base_dim=3, dim_mult=[1, 1, 1, 1], num_res_blocks=1).save_pretrained(
+        folder / "vae"
+    )
+    UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    ).save_pretrained(folder / "scheduler")
+    n_words = _save_tiny_t5_tokenizer(folder / "tokenizer")
+    UMT5EncoderModel(
+        UMT5Config(vocab_size=n_words, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    ).save_pretrained(folder / "text_encoder")
+    return folder
+
+
+def save_tiny_cogvideox(folder: Path, *, seed: int = 0, **config: object) -> Path:
+    """The folder of a CogVideoX-2b pipeline: T5, a VAE of videos, a v-prediction scheduler."""
+    from diffusers import (
+        AutoencoderKLCogVideoX,
+        CogVideoXDDIMScheduler,
+        CogVideoXTransformer3DModel,
+    )
+
+    torch.manual_seed(seed)
+    CogVideoXTransformer3DModel(
+        **{
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "in_channels": 4,
+            "out_channels": 4,
+            "time_embed_dim": 16,
+            "text_embed_dim": 24,
+            "num_layers": 2,
+            "sample_width": 6,
+            "sample_height": 4,
+            "sample_frames": 9,
+            "max_text_seq_length": 8,
+            **config,
+        }
+    ).save_pretrained(folder / "transformer")
+    AutoencoderKLCogVideoX(
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_height=32,
+        sample_width=48,
+    ).save_pretrained(folder / "vae")
+    CogVideoXDDIMScheduler(
+        clip_sample=False,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    ).save_pretrained(folder / "scheduler")
+    _save_tiny_t5(folder, "")
+    return folder
+
+
 def _tiny_vae(
     channels: int,
     config: Mapping[str, object] | None,
@@ -464,14 +538,22 @@ def _save_tiny_clip(
 
 def _save_tiny_t5(folder: Path, suffix: str, *, width: int = 24) -> None:
     """`tokenizer{suffix}/` and `text_encoder{suffix}/` of T5 over single letters."""
-    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+    from transformers import T5Config, T5EncoderModel
+
+    n_words = _save_tiny_t5_tokenizer(folder / f"tokenizer{suffix}")
+    T5EncoderModel(
+        T5Config(vocab_size=n_words, d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    ).save_pretrained(folder / f"text_encoder{suffix}")
+
+
+def _save_tiny_t5_tokenizer(folder: Path) -> int:
+    """T5's tokenizer over single letters; returns the size of the vocabulary."""
+    from transformers import T5Tokenizer
 
     words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     words += [(letter, -3.0) for letter in string.ascii_lowercase]
-    T5Tokenizer(vocab=words, extra_ids=0).save_pretrained(folder / f"tokenizer{suffix}")
-    T5EncoderModel(
-        T5Config(vocab_size=len(words), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-    ).save_pretrained(folder / f"text_encoder{suffix}")
+    T5Tokenizer(vocab=words, extra_ids=0).save_pretrained(folder)
+    return len(words)
 
 
 def _save_tiny_tokenizer(folder: Path) -> int:
@@ -502,6 +584,8 @@ FAMILIES: Mapping[str, Callable[..., Path]] = {
     "sd3": save_tiny_sd3,
     "flux": save_tiny_flux,
     "clip": save_tiny_clip,
+    "wan": save_tiny_wan,
+    "cogvideox": save_tiny_cogvideox,
     **{name: partial(save_tiny_encoder, model_type=name) for name in TINY_ENCODERS},
 }
 """What `save_tiny` makes; encoders under transformers' names of their architectures."""

@@ -10,12 +10,12 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 from torch import Tensor, nn
 
 from drl_data.backbones import find_model, load_backbone
@@ -40,6 +40,8 @@ class Photo:
     image: Image.Image
     label: int
     caption: str
+    frames: tuple[Image.Image, ...] = ()
+    """Of a video."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,17 @@ class Rehearsed:
         sized = [p.image.resize((width, height), resample) for p in self.photos]
         arrays = torch.stack([torch.from_numpy(np.array(image)) for image in sized])
         return arrays.permute(0, 3, 1, 2).contiguous().float() / 255 * 2 - 1
+
+    def video(self, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Tensor:
+        """The first frames of each video, as `pixels`: [4, 3, f, h, w]."""
+        frames = zip(*(photo.frames for photo in self.photos), strict=True)
+        pixels = [
+            replace(self, photos=tuple(Photo("", image, 0, "") for image in images)).pixels(
+                resample
+            )
+            for images in frames
+        ]
+        return torch.stack(pixels[: self.pipeline.images.frames], dim=2)
 
     def noise(
         self,
@@ -103,16 +116,16 @@ def rehearse(name: str, folder: Path, **changes: object) -> Rehearsed:
 def _photos(path: Path) -> list[Photo]:
     with tarfile.open(path) as tar:
         members = {m.name: tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
-    keys = dict.fromkeys(name.split(".")[0] for name in members)
-    return [
-        Photo(
-            key,
-            Image.open(io.BytesIO(members[f"{key}.jpg"])).convert("RGB"),
-            int(members[f"{key}.cls"]),
-            members[f"{key}.txt"].decode(),
-        )
-        for key in keys
-    ]
+    photos: dict[str, Photo] = {}
+    for name, data in members.items():
+        key, extension = name.split(".")
+        if extension not in ("jpg", "tif"):
+            continue
+        image = Image.open(io.BytesIO(data))
+        frames = tuple(frame.convert("RGB") for frame in ImageSequence.Iterator(image))
+        label, caption = int(members[f"{key}.cls"]), members[f"{key}.txt"].decode()
+        photos[key] = Photo(key, frames[0], label, caption, frames)
+    return list(photos.values())
 
 
 def hooked(network: nn.Module, *paths: str) -> dict[str, object]:

@@ -66,6 +66,8 @@ CHANGES: dict[str, dict[str, object]] = {
     "original size": {"condition": ConditionSpec(original_size=(16, 16))},
     "crop": {"condition": ConditionSpec(crops_coords_top_left=(0, 1))},
     "target size": {"condition": ConditionSpec(target_size=(16, 16))},
+    "frames": {"images": ImageSpec(size=16, frames=9)},
+    "frames alone": {"images": ImageSpec(size=16, frames=9, frame_latents="each")},
     "embeddings": {"condition_files": {"prompt_embeddings": "f" * 64}},
     "timestep": {"schedule": ScheduleSpec(timesteps=(0, 51))},
     "order of timesteps": {"schedule": ScheduleSpec(timesteps=(50, 0))},
@@ -122,7 +124,7 @@ def test_defaults_never_change() -> None:
         (ImageSpec(size=1), {
             "resize": "shortest", "filter": "bicubic", "mode": "RGB",
             "background": (255, 255, 255), "range": (-1.0, 1.0), "max_pixels": 178_956_970,
-            "fill": (0, 0, 0),
+            "fill": (0, 0, 0), "frames": 1, "frame_latents": "video",
         }),
         (LatentSpec(), {"posterior": "sample", "scale": True, "per_member": True}),
         (ConditionSpec(), {

@@ -4,7 +4,8 @@ An adapter says only how an image becomes what the network takes (`encode`), wha
 told besides (`conditioning`), and how it is called (`forward`). Taps, cut, noise and time are the
 same for all.
 
-Shapes: b batch, c channel, h w height and width of the denoiser's input, n token.
+Shapes: b batch, c channel, h w height and width of the denoiser's input, n token. Where images are
+[b, c, h, w], windows of videos are [b, c, f, h, w], f frames.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from drl_data.capture import Streams, capture, image_output
 from drl_data.errors import SpecError, TapError
 from drl_data.flops import FeatureFlops, count_flops, trace
-from drl_data.reduce import MAP, TOKENS, VECTOR
+from drl_data.reduce import MAP, TOKENS, VECTOR, VIDEO
 from drl_data.schedule import Schedule
 from drl_data.spec import (
     ArraySpec,
@@ -46,15 +47,19 @@ CLEAN = ResolvedTime(requested=0, convention="none", model_time=0, alpha=1.0, si
 
 @dataclass(frozen=True)
 class Posterior:
-    """The VAE's Gaussian over latents [b, c, h, w]; `std` is None for a deterministic encoder, and
-    without a VAE, where the latents are the pixels and nothing scales them."""
+    """The VAE's Gaussian over latents [b, c, h, w], of a video [b, c, f, h, w].
+
+    `std` is None for a deterministic encoder, and without a VAE, where the latents are the pixels
+    and nothing scales them. `scaling_factor` is None for a VAE that has statistics instead.
+    """
 
     mean: Tensor
     std: Tensor | None = None
-    scaling_factor: float = 1.0
+    scaling_factor: float | None = 1.0
     shift_factor: float = 0.0
     channel_mean: Tensor | None = None
-    """Statistics of the latents [c, 1, 1], where the VAE's configuration has them."""
+    """Statistics of the latents [c, 1, 1], of a video [c, 1, 1, 1], where the VAE's configuration
+    has them."""
     channel_std: Tensor | None = None
 
     def latents(
@@ -66,20 +71,26 @@ class Posterior:
         in diffusers' pipelines of such VAEs.
 
         Raises:
-            SpecError: for `per_channel` without statistics.
+            SpecError: for `per_channel` without statistics, or `true` with nothing else.
         """
         z = self.mean if self.std is None or noise is None else self.mean + self.std * noise
         is_pixels = self.std is None and (self.shift_factor, self.scaling_factor) == (0.0, 1.0)
         if is_pixels or not scale:
             return z
         if scale != "per_channel":
+            if self.scaling_factor is None:
+                raise SpecError(
+                    "latents.scale true: this VAE has no scaling factor, but statistics of each "
+                    "channel; use scale: per_channel"
+                )
             return (z - self.shift_factor) * self.scaling_factor
         if self.channel_mean is None or self.channel_std is None:
             raise SpecError(
                 "latents.scale per_channel: the configuration of this VAE has no latents_mean and "
                 "latents_std; use scale: true"
             )
-        return (z - self.channel_mean) * self.scaling_factor / self.channel_std
+        factor = 1.0 if self.scaling_factor is None else self.scaling_factor
+        return (z - self.channel_mean) * factor / self.channel_std
 
 
 @dataclass(frozen=True)
@@ -136,8 +147,9 @@ class Backbone(ABC):
         self.dtype = next(network.parameters()).dtype
 
     @abstractmethod
-    def input_shape(self, images: ImageSpec) -> tuple[int, int, int]:
-        """(c, h, w) that the denoiser takes for images of this size.
+    def input_shape(self, images: ImageSpec) -> tuple[int, ...]:
+        """(c, h, w) that the denoiser takes for images of this size; (c, f, h, w) if it is of
+        videos.
 
         Raises:
             SpecError: if the model cannot take such images; the message says which it can.
@@ -193,10 +205,10 @@ class Backbone(ABC):
         return {}
 
     def arrange(
-        self, tap: ResolvedTap, x: Tensor, size: tuple[int, int]
+        self, tap: ResolvedTap, x: Tensor, size: tuple[int, ...]
     ) -> tuple[Tensor, tuple[str, ...]]:
         """A tap's tensor with the names of its axes; `size` is height and width of the denoiser's
-        input."""
+        input, of a video frames, height and width."""
         return arrange(x, size)
 
     def replica(self) -> Self:
@@ -252,7 +264,7 @@ class Backbone(ABC):
         model_time = torch.full((len(x),), time.model_time, device=x.device)
         if time.model_time == int(time.model_time):
             model_time = model_time.long()
-        size = (x.shape[-2], x.shape[-1])
+        size, dims = tuple(x.shape[2:]), map_dims(x)
         kwargs = conditioning.expand(len(x))
         output: object = None
 
@@ -260,7 +272,7 @@ class Backbone(ABC):
             nonlocal output
             output = self.forward(x, model_time, kwargs)
 
-        captured = {tap.name: transform(tap, x, MAP) for tap in taps if tap.site == "latent"}
+        captured = {tap.name: transform(tap, x, dims) for tap in taps if tap.site == "latent"}
         predictions = [tap for tap in taps if tap.site in PREDICTIONS]
         inside = [tap for tap in taps if tap.site != "latent" and tap not in predictions]
         whole = bool(predictions) or not stop_early
@@ -275,7 +287,7 @@ class Backbone(ABC):
             )
         for tap in predictions:
             predicted = self.schedule.predicted(tap.site, self.image_of(output, x), x, time)
-            captured[tap.name] = transform(tap, predicted, MAP)
+            captured[tap.name] = transform(tap, predicted, dims)
         return captured, output
 
     def image_of(self, output: object, x: Tensor) -> Tensor:
@@ -286,7 +298,7 @@ class Backbone(ABC):
         return prediction[:, : x.shape[1]]
 
     def _arranged(
-        self, tap: ResolvedTap, x: Tensor, size: tuple[int, int]
+        self, tap: ResolvedTap, x: Tensor, size: tuple[int, ...]
     ) -> tuple[Tensor, tuple[str, ...]]:
         """`arrange`, which also knows attention probabilities [b, head, query, key]."""
         if tap.site != "attn.probs" or x.ndim != 4:
@@ -295,22 +307,49 @@ class Backbone(ABC):
         return arranged.reshape(*x.shape[:2], *arranged.shape[1:]), ("head", *dims)
 
     def encode_and_tap(
-        self, pixels: Tensor, taps: Sequence[ResolvedTap], transform: Transform
+        self,
+        pixels: Tensor,
+        taps: Sequence[ResolvedTap],
+        transform: Transform,
+        *,
+        frame_latents: Literal["video", "each"] = "video",
     ) -> Posterior:
-        """`encode`, with the taps in the VAE's encoder and of the posterior taken on the way."""
+        """`encode`, with the taps in the VAE's encoder and of the posterior taken on the way.
+
+        `frame_latents` as `ImageSpec` has it.
+        """
         found: list[Posterior] = []
         inside = [tap for tap in taps if tap.module]
+
+        def encode() -> None:
+            encode = self._encode_each if frame_latents == "each" else self.encode
+            found.append(encode(pixels))
+
         if inside:
-            self._tap_vae(inside, lambda: found.append(self.encode(pixels)), transform)
-        posterior = found[0] if found else self.encode(pixels)
+            self._tap_vae(inside, encode, transform)
+        else:
+            encode()
+        (posterior,) = found
         for tap in taps:
             if not tap.module:
                 if posterior.std is None:
                     raise TapError(
                         f"tap {tap.address}: this model has no VAE with a posterior, so no moments"
                     )
-                transform(tap, torch.cat([posterior.mean, posterior.std], dim=1), MAP)
+                moments = torch.cat([posterior.mean, posterior.std], dim=1)
+                transform(tap, moments, map_dims(moments))
         return posterior
+
+    def _encode_each(self, pixels: Tensor) -> Posterior:
+        """`encode` of each frame of pixels [b, c, f, H, W] for itself: latents [b, c, f, h, w]."""
+        n_frames = pixels.shape[2]
+        one = self.encode(pixels.transpose(1, 2).flatten(0, 1)[:, :, None])
+
+        def together(x: Tensor) -> Tensor:
+            return x.squeeze(2).reshape(-1, n_frames, *x.shape[1:2], *x.shape[3:]).transpose(1, 2)
+
+        std = None if one.std is None else together(one.std)
+        return replace(one, mean=together(one.mean), std=std)
 
     def decode_and_tap(
         self,
@@ -323,7 +362,7 @@ class Backbone(ABC):
         """The clean latents, and the taps in the VAE's decoder when it decodes them."""
         for tap in taps:
             if not tap.module:
-                transform(tap, latents, MAP)
+                transform(tap, latents, map_dims(latents))
         inside = [tap for tap in taps if tap.module]
         if inside:
             decode = lambda: self.decode(latents, scaled=scaled)  # noqa: E731
@@ -339,12 +378,17 @@ class Backbone(ABC):
     ) -> tuple[ArraySpec, ...]:
         """Name, axes and shape of each tap's array, from one forward; meant for the meta device."""
         x = torch.empty((1, *self.input_shape(images)), dtype=self.dtype, device=self.device)
-        pixels = torch.empty((1, images.n_channels, *images.size), device=self.device)
+        pixels = torch.empty((1, *images.shape), device=self.device)
         reducer = TapReducer(taps)
         reducer.start(0, 1)
         with torch.no_grad():
             if reducer.encoder:
-                self.encode_and_tap(pixels.to(self.dtype), reducer.encoder, reducer.take)
+                self.encode_and_tap(
+                    pixels.to(self.dtype),
+                    reducer.encoder,
+                    reducer.take,
+                    frame_latents=images.frame_latents,
+                )
             self.decode_and_tap(x, reducer.decoder, reducer.take, scaled=True)
             self.tap(x, time, self.conditioning(condition), reducer.denoiser, reducer.take)
             found = reducer.finish()
@@ -372,7 +416,7 @@ class Backbone(ABC):
                 lambda: self.forward(x, time, told),
                 select=lambda module, output: image_output(module, output, streams),
             )
-        size = (x.shape[-2], x.shape[-1])
+        size = tuple(x.shape[2:])
 
         def described(path: str, kind: str, output: Tensor, through: int) -> TappableModule:
             if output.ndim > 1 and len(output) == 1:
@@ -387,9 +431,7 @@ class Backbone(ABC):
     ) -> FeatureFlops:
         """FLOPs for one image; meant for the meta device."""
         x, told = self._blank(images), self.conditioning(condition)
-        pixels = torch.empty(
-            (1, images.n_channels, *images.size), dtype=self.dtype, device=self.device
-        )
+        pixels = torch.empty((1, *images.shape), dtype=self.dtype, device=self.device)
 
         reducer = TapReducer(taps)
         scores = any(tap.site == LOSS for tap in taps)
@@ -403,7 +445,7 @@ class Backbone(ABC):
             )
 
         def encode() -> None:
-            self.encode(pixels)
+            self.encode_and_tap(pixels, (), ignored, frame_latents=images.frame_latents)
             self.decode_and_tap(x, reducer.decoder, ignored, scaled=True)
 
         with torch.no_grad():
@@ -442,19 +484,27 @@ def _replica(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
 
 
-def arrange(x: Tensor, size: tuple[int, int]) -> tuple[Tensor, tuple[str, ...]]:
-    """Give a tap's tensor its axes: map [b, c, h, w], tokens [b, n, c], or vector [b, c].
+def map_dims(x: Tensor) -> tuple[str, ...]:
+    """Names of the axes of images [b, c, h, w] or videos [b, c, f, h, w]."""
+    return VIDEO if x.ndim == 5 else MAP
+
+
+def arrange(x: Tensor, size: tuple[int, ...]) -> tuple[Tensor, tuple[str, ...]]:
+    """Give a tap's tensor its axes: map [b, c, h, w] or [b, c, f, h, w], tokens [b, n, c], or
+    vector [b, c].
 
     Tokens [b, n, c] become a map if n is the number of patches of `size` (height and width of the
     denoiser's input) for some square patch; row-major, as every patchifying transformer does.
     """
-    if x.ndim == 4:
-        return x, MAP
+    if x.ndim in (4, 5):
+        return x, map_dims(x)
     if x.ndim == 2:
         return x, VECTOR
     if x.ndim != 3:
         x = x.flatten(1)
         return x, VECTOR
+    if len(size) != 2:
+        return x, TOKENS
     height, width = size
     for patch in range(1, min(size) + 1):
         if height % patch == 0 == width % patch and x.shape[1] == height * width // patch**2:
@@ -467,8 +517,16 @@ def check_images(images: ImageSpec, n_channels: int, multiple: int) -> None:
     """Refuse images that a model cannot take.
 
     Raises:
-        SpecError: for another number of channels, or a size that is no multiple of `multiple`.
+        SpecError: for windows of videos, another number of channels, or a size that is no multiple
+            of `multiple`.
     """
+    if images.frames > 1:
+        raise SpecError(f"images.frames {images.frames}: the model takes images, not videos")
+    check_pixels(images, n_channels, multiple)
+
+
+def check_pixels(images: ImageSpec, n_channels: int, multiple: int) -> None:
+    """As `check_images`, for a model that takes videos too."""
     if images.n_channels != n_channels:
         raise SpecError(
             f"images.mode {images.mode}: {images.n_channels} channels; the model takes {n_channels}"

@@ -109,7 +109,7 @@ class EncoderBackbone(Backbone):
         return Streams((x.shape[-2] // self.patch) * (x.shape[-1] // self.patch), n_text=None)
 
     def arrange(
-        self, tap: ResolvedTap, x: Tensor, size: tuple[int, int]
+        self, tap: ResolvedTap, x: Tensor, size: tuple[int, ...]
     ) -> tuple[Tensor, tuple[str, ...]]:
         if x.ndim == 3 and tap.parts[-1:] == ("prefix",):
             return x, TOKENS

@@ -63,7 +63,7 @@ class JointTransformer(LatentTextBackbone):
         return Streams(n_image, kwargs["encoder_hidden_states"].shape[1], self.TEXT_FIRST)
 
     def arrange(
-        self, tap: ResolvedTap, x: Tensor, size: tuple[int, int]
+        self, tap: ResolvedTap, x: Tensor, size: tuple[int, ...]
     ) -> tuple[Tensor, tuple[str, ...]]:
         layout = TokenLayout(size[0] // PATCH, size[1] // PATCH)
         return layout.arrange(

@@ -296,6 +296,7 @@ def load_backbone(model: Model, device: str | torch.device) -> Backbone:
     from drl_data.backbones.joint import FluxBackbone, SD3Backbone
     from drl_data.backbones.transformer import DiTBackbone, PixArtBackbone, SanaBackbone
     from drl_data.backbones.unet import PixelUNetBackbone, load_latent_unet
+    from drl_data.backbones.video import CogVideoXBackbone, WanBackbone
 
     families: dict[str, Callable[[ModelFolder, torch.device], Backbone]] = {
         "UNet2DModel": PixelUNetBackbone.load,
@@ -305,6 +306,8 @@ def load_backbone(model: Model, device: str | torch.device) -> Backbone:
         "SD3Transformer2DModel": SD3Backbone.load,
         "FluxTransformer2DModel": FluxBackbone.load,
         "SanaTransformer2DModel": SanaBackbone.load,
+        "WanTransformer3DModel": WanBackbone.load,
+        "CogVideoXTransformer3DModel": CogVideoXBackbone.load,
         GUIDED_DIFFUSION: load_guided_diffusion,
         ENCODER: EncoderBackbone.load,
     }
@@ -374,9 +377,9 @@ def load_component(
 
 
 def placed(network: nn.Module, device: torch.device) -> nn.Module:
-    """The module frozen and on its device; channels_last on a GPU."""
+    """The module frozen and on its device; channels_last on a GPU, if its convolutions are flat."""
     network = network.eval().requires_grad_(False).to(device)
-    if device.type == "cuda":
+    if device.type == "cuda" and not any(p.ndim == 5 for p in network.parameters()):
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
 
@@ -387,7 +390,7 @@ def load_schedule(folder: ModelFolder) -> Schedule:
     Raises:
         WeightsError: if the folder has none.
     """
-    from diffusers import DDPMScheduler, EDMEulerScheduler
+    from diffusers import CogVideoXDDIMScheduler, DDPMScheduler, EDMEulerScheduler
 
     path = _scheduler_folder(folder)
     if path is None:
@@ -402,9 +405,12 @@ def load_schedule(folder: ModelFolder) -> Schedule:
         if str(config.get("_class_name")).startswith("EDM"):
             edm = EDMEulerScheduler.from_config(config).config
             return EDMSchedule(edm.sigma_min, edm.sigma_max, edm.sigma_data, edm.rho)
-        scheduler = DDPMScheduler.from_pretrained(path, local_files_only=True)
+        # The table of CogVideoX is moved towards noise (its snr_shift_scale), in float64.
+        is_shifted = str(config.get("_class_name")).startswith("CogVideoX")
+        scheduler_class = CogVideoXDDIMScheduler if is_shifted else DDPMScheduler
+        scheduler = scheduler_class.from_pretrained(path, local_files_only=True)
     return NoiseSchedule(
-        scheduler.alphas_cumprod,
+        scheduler.alphas_cumprod.float(),
         prediction=scheduler.config.prediction_type,
         make_sampler=partial(DiffusersSampler.of, config),
         read_learned_time=partial(learned_time, folder),

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
 VARIANCE_PRESERVING = (
-    "CogVideoXDDIMScheduler", "DDIMScheduler", "DDPMScheduler", "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
+    "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "DDIMScheduler", "DDPMScheduler",
+    "DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
     "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler",
     "LCMScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler",
 )  # fmt: skip

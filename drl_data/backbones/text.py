@@ -103,6 +103,12 @@ class TextEncoders:
 
         return self._last(suffix, prompt, n_tokens, (T5Tokenizer, T5EncoderModel), masked=masked)
 
+    def umt5(self, suffix: str, prompt: str, n_tokens: int) -> tuple[Tensor, Tensor]:
+        """UMT5's encoder (Chung et al. 2023): ([n, c], mask [n])."""
+        from transformers import T5Tokenizer, UMT5EncoderModel
+
+        return self._last(suffix, prompt, n_tokens, (T5Tokenizer, UMT5EncoderModel), masked=True)
+
     def gemma(self, suffix: str, prompt: str, n_tokens: int) -> tuple[Tensor, Tensor]:
         """Gemma 2 as an encoder (Xie et al. 2024, Sana): ([n, c], mask [n])."""
         from transformers import Gemma2Model, GemmaTokenizer

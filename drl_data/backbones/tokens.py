@@ -5,13 +5,14 @@ Shapes: b batch, n token, c channel.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from drl_data.backbones.backbone import arrange
+from drl_data.backbones.backbone import arrange, map_dims
 from drl_data.errors import TapError
-from drl_data.reduce import MAP, TOKENS
+from drl_data.reduce import TOKENS
 from drl_data.taps import ResolvedTap
 
 _TEXT_MODULES = frozenset(
@@ -19,6 +20,7 @@ _TEXT_MODULES = frozenset(
         *("context_embedder", "norm1_context", "norm2_context", "ff_context"),  # SD3, Flux
         *("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k", "to_add_out"),
         *("caption_projection", "caption_norm"),  # PixArt, Sana
+        *("text_embedder", "text_proj"),  # Wan, CogVideoX
     }
 )
 """Modules that see text tokens only, by any component of their path."""
@@ -34,10 +36,11 @@ def is_text(module: str) -> bool:
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """The grid of patches, row-major."""
+    """The grid of patches, row-major; of a video frame after frame."""
 
     height: int
     width: int
+    frames: int | None = None
 
     def arrange(
         self, tap: ResolvedTap, x: Tensor, *, text: bool, only_image: bool = False
@@ -49,9 +52,13 @@ class TokenLayout:
         """
         if x.ndim != 3:
             return arrange(x, (0, 0))
-        n_image = self.height * self.width
+        frames = () if self.frames is None else (self.frames,)
+        grid = (*frames, self.height, self.width)
+        n_image = math.prod(grid)
+        text = text or (tap.site == "attn.key" and tap.module.endswith("attn2"))
         if not text and x.shape[1] == n_image:
-            return x.transpose(1, 2).reshape(len(x), -1, self.height, self.width), MAP
+            maps = x.transpose(1, 2).reshape(len(x), -1, *grid)
+            return maps, map_dims(maps)
         if only_image:
             raise TapError(
                 f"tap {tap.address}: {x.shape[1]} tokens, want the image's {n_image}; the "

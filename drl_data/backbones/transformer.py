@@ -119,7 +119,7 @@ class CrossAttentionTransformer(LatentTextBackbone):
         return latent_shape(images, self.vae, patch.bit_length() - 1)
 
     def arrange(
-        self, tap: ResolvedTap, x: Tensor, size: tuple[int, int]
+        self, tap: ResolvedTap, x: Tensor, size: tuple[int, ...]
     ) -> tuple[Tensor, tuple[str, ...]]:
         patch = self.network.config.patch_size
         layout = TokenLayout(size[0] // patch, size[1] // patch)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from drl_data.backbones.backbone import Posterior, check_images
 from drl_data.backbones.bundles import is_config_only
@@ -27,6 +27,15 @@ def load_vae(folder: ModelFolder, device: torch.device) -> AutoencoderKL | Autoe
     """
     from diffusers import AutoencoderDC, AutoencoderKL
 
+    return load_autoencoder(folder, device, (AutoencoderKL, AutoencoderDC))
+
+
+def load_autoencoder(folder: ModelFolder, device: torch.device, kinds: Sequence[type]) -> nn.Module:
+    """An autoencoder of one of these classes beside the denoiser, on meta structure only.
+
+    Raises:
+        WeightsError: if the folder has none, or one of another class.
+    """
     path = folder.component("vae")
     if path is None:
         raise WeightsError(
@@ -34,7 +43,7 @@ def load_vae(folder: ModelFolder, device: torch.device) -> AutoencoderKL | Autoe
             "no vae/; give the folder of the whole pipeline"
         )
     config = folder.config(path)
-    classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
+    classes = {kind.__name__: kind for kind in kinds}
     cls = classes.get(str(config.get("_class_name")))
     if cls is None:
         raise WeightsError(f"{path} is a {config.get('_class_name')}; want {' or '.join(classes)}")
