@@ -187,6 +187,35 @@ def test_each_distinct_prompt_is_encoded_once_and_then_the_encoders_are_freed(
     assert not backbone.text.n_loaded
 
 
+@pytest.mark.parametrize("family", ["sd", "sd3"])
+def test_no_caption_is_encoded_with_another(
+    models: dict[str, Path],
+    index: SampleIndex,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+) -> None:
+    """In a batch, the projection of CLIP's pooled vector has other bits."""
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
+
+    n_rows: list[int] = []
+
+    def counted(plain: Callable[..., object]) -> Callable[..., object]:
+        def forward(self: object, *args: object, **kwargs: object) -> object:
+            ids = args[0] if args else kwargs["input_ids"]
+            assert isinstance(ids, torch.Tensor)
+            n_rows.append(len(ids))
+            return plain(self, *args, **kwargs)
+
+        return forward
+
+    for encoder in (CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel):
+        monkeypatch.setattr(encoder, "forward", counted(encoder.forward))
+    conditions = SampleConditions(load(models, family), ConditionSpec(caption=True), index)
+    conditions.batch(0, 8, 8)
+    assert len(n_rows) >= 3  # that many captions are distinct
+    assert set(n_rows) == {1}
+
+
 def test_a_full_cache_forgets_what_was_used_longest_ago(
     models: dict[str, Path], index: SampleIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
