@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from drl_data.backbones import ModelFolder, load_backbone
 from drl_data.errors import SpecError, WeightsError
 from drl_data.spec import BackboneSpec, LoraSpec, Pipeline
-from drl_data.testing import save_tiny_stable_diffusion
+from drl_data.testing import save_tiny_adm, save_tiny_encoder, save_tiny_stable_diffusion
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -137,6 +138,112 @@ def test_lora_that_would_be_half_applied_is_refused(
     save_file({key: torch.zeros(2, 32) for key in keys}, path)
     with pytest.raises(WeightsError, match=message):
         weights(sd, lora=path)
+
+
+# --- families whose files are not diffusers' -----------------------------------------------------
+
+OTHERS: dict[str, tuple[Callable[..., Path], str]] = {
+    "adm": (save_tiny_adm, "mid_block.attentions.0.to_q"),
+    "dinov2": (save_tiny_encoder, "encoder.layer.0.attention.q_proj"),
+    "clip_vision_model": (save_tiny_encoder, "encoder.layers.0.self_attn.q_proj"),
+    "vit": (save_tiny_encoder, "layers.0.attention.q_proj"),
+    "resnet": (save_tiny_encoder, "encoder.stages.0.layers.0.layer.0.convolution"),
+}
+"""Of each: who makes it, and a linear or a convolution of its network."""
+
+
+def make(family: str, folder: Path, seed: int = 0) -> Path:
+    maker, _ = OTHERS[family]
+    return maker(folder, seed=seed) if family == "adm" else maker(folder, family, seed=seed)
+
+
+@torch.no_grad()
+def output(model: Path, **changes: object) -> Tensor:
+    backbone = load_backbone(ModelFolder.find(BackboneSpec(model=str(model), **changes)), "cpu")
+    x = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    out = backbone.forward(x, torch.tensor([5]), {})
+    found = out[0]  # type: ignore[index]  # a tuple or a ModelOutput
+    assert isinstance(found, Tensor)
+    return found
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_weights_of_other_families_are_replaced_by_the_networks_own_names(
+    tmp_path: Path, family: str
+) -> None:
+    first, second = (make(family, tmp_path / str(seed), seed) for seed in (0, 1))
+    file = str(tmp_path / "w.safetensors")
+    save_file({k: v.clone() for k, v in weights(second).items()}, file)
+    got = weights(first, weights=file)
+    assert all(torch.equal(got[name], tensor) for name, tensor in weights(second).items())
+    assert torch.equal(output(first, weights=file), output(second))
+    assert not torch.equal(output(first), output(second))
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("adm", r"does not fit UNet2DModel: missing: .*unexpected: input_blocks\.0\.0"),
+        ("dinov2", r"does not fit Dinov2Model: missing: .*unexpected: encoder\.layer\.0\."),
+    ],
+)
+def test_a_checkpoint_in_other_names_than_the_networks_is_no_override(
+    tmp_path: Path, family: str, message: str
+) -> None:
+    """guided-diffusion's and transformers' files are renamed when they are loaded as a model."""
+    first, second = (make(family, tmp_path / str(seed), seed) for seed in (0, 1))
+    with pytest.raises(WeightsError, match=f"{message}.*or the whole other checkpoint as backbone"):
+        weights(first, weights=str(second / "model.safetensors"))
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_lora_is_added_to_other_families(tmp_path: Path, family: str) -> None:
+    model, module = make(family, tmp_path / "m"), OTHERS[family][1]
+    before = weights(model)
+    down, up = factors(tuple(before[f"{module}.weight"].shape))
+    keys = [f"base_model.model.{module}.lora_{letter}.weight" for letter in "AB"]
+    path = str(tmp_path / "lora.safetensors")
+    save_file(dict(zip(keys, (down, up), strict=True)), path)
+    after = weights(model, lora=path)
+    want = before[f"{module}.weight"] + (up.flatten(1) @ down.flatten(1)).reshape(
+        before[f"{module}.weight"].shape
+    )
+    assert torch.equal(after[f"{module}.weight"], want)
+    others = before.keys() - {f"{module}.weight"}
+    assert all(torch.equal(after[name], before[name]) for name in others)
+    assert not torch.equal(output(model, lora=path), output(model))
+
+
+@pytest.mark.parametrize(
+    ("family", "module", "network"),
+    [
+        ("adm", "middle_block.1.qkv", "UNet2DModel"),
+        ("dinov2", LINEAR, "Dinov2Model"),
+        ("dinov2", "vision_model.encoder.layer.0.attention.attention.query", "Dinov2Model"),
+    ],
+)
+def test_lora_in_other_names_than_the_networks_is_refused(
+    tmp_path: Path, family: str, module: str, network: str
+) -> None:
+    model = make(family, tmp_path / "m")
+    path = str(tmp_path / "lora.safetensors")
+    known = OTHERS[family][1]  # beside tensors that it could take
+    keys = [f"{name}.lora_{letter}.weight" for name in (module, known) for letter in "AB"]
+    save_file({key: torch.zeros(2, 2) for key in keys}, path)
+    with pytest.raises(WeightsError, match=f"2 tensors belong to no linear .* of {network}: "):
+        weights(model, lora=path)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_overrides_of_other_families_are_in_the_digest(tmp_path: Path, family: str) -> None:
+    model = make(family, tmp_path / "m")
+    file = str(tmp_path / "w.safetensors")
+    save_file({"x": torch.zeros(1)}, file)
+    digests = {
+        ModelFolder.find(BackboneSpec(model=str(model), **changes)).digest()
+        for changes in ({}, {"weights": file}, {"lora": [file]})
+    }
+    assert len(digests) == 3
 
 
 def test_lora_of_another_shape_is_refused(sd: Path, tmp_path: Path) -> None:

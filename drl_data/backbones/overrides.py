@@ -59,7 +59,9 @@ def replace_weights(network: nn.Module, path: str) -> None:
     if any(problems.values()):
         lines = "; ".join(f"{what}: {_some(names)}" for what, names in problems.items() if names)
         raise WeightsError(
-            f"backbone.weights {path!r} does not fit {type(network).__name__}: {lines}"
+            f"backbone.weights {path!r} does not fit {type(network).__name__}: {lines}; want the "
+            "network's own names, as `drl taps` lists its modules, or the whole other checkpoint "
+            "as backbone.model"
         )
     network.load_state_dict(state)
 
