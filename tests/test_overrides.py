@@ -227,7 +227,9 @@ def test_lora_in_other_names_than_the_networks_is_refused(
 ) -> None:
     model = make(family, tmp_path / "m")
     path = str(tmp_path / "lora.safetensors")
-    save_file({f"{module}.lora_{letter}.weight": torch.zeros(2, 2) for letter in "AB"}, path)
+    known = OTHERS[family][1]  # beside tensors that it could take
+    keys = [f"{name}.lora_{letter}.weight" for name in (module, known) for letter in "AB"]
+    save_file({key: torch.zeros(2, 2) for key in keys}, path)
     with pytest.raises(WeightsError, match=f"2 tensors belong to no linear .* of {network}: "):
         weights(model, lora=path)
 
