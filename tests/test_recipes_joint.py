@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import ViTMAEModel
 
 from drl_data.backbones import find_model, load_backbone
 from drl_data.backbones.backbone import CLEAN
 from drl_data.errors import SpecError, WeightsError
 from drl_data.examples.diffae import SemanticEncoder
+from drl_data.examples.hybvit import HybViT
 from drl_data.recipes import find_recipe
 from drl_data.spec import BackboneSpec, ConditionSpec, ImageSpec, Pipeline, TapSpec
 from tests.guided_diffusion import GuidedDiffusion
@@ -117,6 +119,75 @@ def test_diffae_loads_the_authors_checkpoint(tmp_path: Path) -> None:
         "diffae_ffhq256", tmp_path / "run", backbone=BackboneSpec(model=model, weights=str(path))
     )
     assert_same(run.features("z_sem"), semantic(state, run.pixels(Image.Resampling.BILINEAR)))
+
+
+@torch.no_grad()
+def test_diffmae(tmp_path: Path) -> None:
+    """To 1e-5, as pixels are scaled in other steps. With mask_ratio 0 and `noise` in order, ViTMAE
+    drops and moves no patch."""
+    run = rehearse("diffmae", tmp_path)
+    network = ViTMAEModel.from_pretrained(run.model, mask_ratio=0.0).eval()
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    pixels = (run.pixels() + 1) / 2
+    pixels = (pixels - mean[:, None, None]) / std[:, None, None]
+    order = torch.arange(16.0).expand(4, -1)
+    tokens = network(pixel_values=pixels, noise=order).last_hidden_state
+    torch.testing.assert_close(run.features("cls"), tokens[:, 0], atol=1e-5, rtol=1e-5)
+    patches = tokens[:, 1:].transpose(1, 2).reshape(4, 32, 4, 4)
+    torch.testing.assert_close(run.features("patches"), patches, atol=1e-5, rtol=1e-5)
+
+
+def vit(weights: dict[str, Tensor], pixels: Tensor, heads: int) -> Tensor:
+    """Tokens of HybViT's last block, as a function of its state dict: pre-norm blocks."""
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    side = pixels.shape[-1] // 4
+    rows = [  # each patch row-major, its pixels row-major with the colors innermost
+        pixels[:, :, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4].permute(0, 2, 3, 1).flatten(1)
+        for i in range(side)
+        for j in range(side)
+    ]
+    x = linear("to_patch_embedding.1", torch.stack(rows, 1))
+    x = torch.cat([weights["cls_token"].expand(len(x), -1, -1), x], 1) + weights["pos_embedding"]
+    for i in range(2):
+        at = f"transformer.layers.{i}"
+        q, k, v = linear(f"{at}.0.fn.to_qkv", norm(f"{at}.0.norm", x)).chunk(3, 2)
+        width = q.shape[2] // heads
+        mixed = []
+        for h in range(heads):
+            qh, kh, vh = (y[..., h * width : (h + 1) * width] for y in (q, k, v))
+            mixed.append(torch.softmax(qh @ kh.transpose(1, 2) / width**0.5, 2) @ vh)
+        x = x + linear(f"{at}.0.fn.to_out.0", torch.cat(mixed, 2))
+        h1 = F.gelu(linear(f"{at}.1.fn.net.0", norm(f"{at}.1.norm", x)))
+        x = x + linear(f"{at}.1.fn.net.3", h1)
+    return x
+
+
+@torch.no_grad()
+def test_hybvit_cifar10(tmp_path: Path) -> None:
+    run = rehearse("hybvit_cifar10", tmp_path)
+    assert run.pipeline.backbone is not None
+    weights = load_backbone(find_model(run.pipeline.backbone), "cpu").network.state_dict()
+    tokens = vit(weights, run.pixels(), heads=4)
+    assert_same(run.features("cls"), tokens[:, 0])
+    assert_same(run.features("patches"), tokens[:, 1:].transpose(1, 2).reshape(4, 32, 4, 4))
+
+
+def test_hybvit_loads_a_diffusion_checkpoint(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    state = HybViT(16, 32, 2, 4, 10).state_dict()
+    path = tmp_path / "hybvit.safetensors"
+    buffers = {"betas": torch.zeros(1000)}
+    save_file({f"denoise_fn.{k}": v for k, v in state.items()} | buffers, path)
+    spec = BackboneSpec(model="python:drl_data.examples.hybvit:tiny", weights=str(path))
+    loaded = load_backbone(find_model(spec), "cpu").network.state_dict()
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(v, state[k]) for k, v in loaded.items())
 
 
 def test_checkpoints_say_what_is_wrong(tmp_path: Path) -> None:
