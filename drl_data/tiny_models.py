@@ -198,8 +198,9 @@ def save_tiny_encoder(
     whole = {**size, **trunk, **special, **config}
     network = AutoModel.from_config(AutoConfig.for_model(model_type, **whole))
     for name, parameter in network.named_parameters():
-        if parameter.ndim == 1 and "norm" not in name:  # biases, which begin as zeros
-            torch.nn.init.normal_(parameter, std=0.1)
+        if parameter.ndim == 1:  # biases begin as zeros, the scales of norms as ones
+            begins = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            torch.nn.init.normal_(parameter, mean=begins, std=0.1)
     network.save_pretrained(folder)
     return folder
 
@@ -399,6 +400,13 @@ def save_tiny_sana(folder: Path, *, seed: int = 0, **config: object) -> Path:
     return folder
 
 
+def save_tiny_autoencoder(folder: Path, *, seed: int = 0, **config: object) -> Path:
+    """The folder of an AutoencoderKL alone."""
+    torch.manual_seed(seed)
+    _tiny_vae(**config).save_pretrained(folder)  # type: ignore[arg-type]
+    return folder
+
+
 def _tiny_vae(
     channels: int = 4, *, scaling_factor: float = 0.18215, shift_factor: float | None = None
 ) -> AutoencoderKL:
@@ -477,6 +485,7 @@ FAMILIES: Mapping[str, Callable[..., Path]] = {
     "sd3": save_tiny_sd3,
     "flux": save_tiny_flux,
     "clip": save_tiny_clip,
+    "autoencoder": save_tiny_autoencoder,
     **{name: partial(save_tiny_encoder, model_type=name) for name in TINY_ENCODERS},
 }
 """What `save_tiny` makes; encoders under transformers' names of their architectures."""

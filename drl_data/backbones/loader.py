@@ -282,6 +282,7 @@ def load_backbone(model: Model, device: str | torch.device) -> Backbone:
         return model.load(place)
     folder = model
     from drl_data.backbones.adm import GUIDED_DIFFUSION, load_guided_diffusion
+    from drl_data.backbones.autoencoder import AutoencoderBackbone
     from drl_data.backbones.encoder import EncoderBackbone
     from drl_data.backbones.joint import FluxBackbone, SD3Backbone
     from drl_data.backbones.transformer import DiTBackbone, PixArtBackbone, SanaBackbone
@@ -296,6 +297,8 @@ def load_backbone(model: Model, device: str | torch.device) -> Backbone:
         "FluxTransformer2DModel": FluxBackbone.load,
         "SanaTransformer2DModel": SanaBackbone.load,
         GUIDED_DIFFUSION: load_guided_diffusion,
+        "AutoencoderKL": AutoencoderBackbone.load,
+        "AutoencoderDC": AutoencoderBackbone.load,
         ENCODER: EncoderBackbone.load,
     }
     if folder.spec.dit_time_shift != 1 and folder.class_name != "DiTTransformer2DModel":
