@@ -40,7 +40,9 @@ def rehearsal(pipeline: Pipeline, folder: Path, *, n_samples: int = N_SAMPLES) -
         )
     model = tiny.model
     backbone: dict[str, object] = {"revision": None, "variant": None, "dtype": "float32"}
-    if not model.startswith("python:"):
+    if model.startswith("python:"):
+        backbone["weights"] = None  # those of the real one
+    else:
         model = str(save_tiny(tiny.model, folder / "model", vae=tiny.vae, **tiny.network))
         if pipeline.backbone is not None and pipeline.backbone.weights is not None:
             backbone["weights"] = str(_other_weights(tiny, folder / "weights"))

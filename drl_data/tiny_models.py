@@ -208,8 +208,9 @@ def save_tiny_encoder(
     whole = {**size, **trunk, **special, **config}
     network = AutoModel.from_config(AutoConfig.for_model(model_type, **whole))
     for name, parameter in network.named_parameters():
-        if parameter.ndim == 1 and "norm" not in name:  # biases, which begin as zeros
-            torch.nn.init.normal_(parameter, std=0.1)
+        if parameter.ndim == 1:  # biases begin as zeros, the scales of norms as ones
+            begins = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            torch.nn.init.normal_(parameter, mean=begins, std=0.1)
     network.save_pretrained(folder)
     return folder
 
@@ -491,6 +492,13 @@ def save_tiny_cogvideox(folder: Path, *, seed: int = 0, **config: object) -> Pat
     return folder
 
 
+def save_tiny_autoencoder(folder: Path, *, seed: int = 0, **config: object) -> Path:
+    """The folder of an AutoencoderKL alone."""
+    torch.manual_seed(seed)
+    _tiny_vae(4, config).save_pretrained(folder)
+    return folder
+
+
 def _tiny_vae(
     channels: int,
     config: Mapping[str, object] | None,
@@ -586,6 +594,7 @@ FAMILIES: Mapping[str, Callable[..., Path]] = {
     "clip": save_tiny_clip,
     "wan": save_tiny_wan,
     "cogvideox": save_tiny_cogvideox,
+    "autoencoder": save_tiny_autoencoder,
     **{name: partial(save_tiny_encoder, model_type=name) for name in TINY_ENCODERS},
 }
 """What `save_tiny` makes; encoders under transformers' names of their architectures."""

@@ -205,6 +205,11 @@ BACKBONES: dict[str, tuple[int, float, float, dict[str, tuple[tuple[int, ...], f
         0.0463,
         {"layernorm": ((768, 16, 16), None), "layernorm@out.cls": ((768,), None)},
     ),
+    "dinov2-with-registers-base": (224, 86.6, 0.0471, {"layernorm@in": ((768, 16, 16), None)}),
+    "dino-vitb16": (224, 86.4, 0.0351, {"layernorm@out.cls": ((768,), None)}),
+    "vit-msn-large-7": (224, 303.5, 0.723, {"layernorm@in.cls": ((1024,), None)}),
+    "clip-vit-base-patch32": (224, 87.8, 0.00882, {"visual_projection": ((512,), None)}),
+    "sd-vae-ft-mse": (256, 83.7, 0.0, {"latent.moments": ((8, 32, 32), None)}),
     "clip-vit-large-patch14": (
         224,
         303.2,

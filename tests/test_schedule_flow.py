@@ -149,17 +149,20 @@ def told_by_sd3(path: Path, size: tuple[int, int], n_steps: int) -> tuple[list[T
 SHIFTED = {"flux": (save_tiny_flux, told_by_flux), "sd3": (save_tiny_sd3, told_by_sd3)}
 
 
-@pytest.mark.parametrize("config", [{}, {"base_shift": 0.3, "max_shift": 2.0}])
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"base_shift": 0.3, "max_shift": 2.0}, {"use_dynamic_shifting": False, "shift": 1.0}],
+)
 @pytest.mark.parametrize("size", [(32, 24), (16, 32)])
 @pytest.mark.parametrize("family", SHIFTED)
-def test_a_dynamic_shift_is_the_pipelines_own(
+def test_steps_are_the_pipelines_own(
     tmp_path: Path, family: str, size: tuple[int, int], config: dict[str, float]
 ) -> None:
+    """With a shift by the size of the image, and without one (Flux-schnell)."""
     save, run = SHIFTED[family]
     path = save(tmp_path / family)
-    FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, **config).save_pretrained(
-        path / "scheduler"
-    )
+    settings = {"shift": 3.0, "use_dynamic_shifting": True, **config}
+    FlowMatchEulerDiscreteScheduler(**settings).save_pretrained(path / "scheduler")
     told, sigmas = run(path, size, 5)
     backbone = load_backbone(ModelFolder.find(BackboneSpec(model=str(path))), "meta")
     schedule = backbone.schedule_for(ImageSpec(size=size))
@@ -217,13 +220,12 @@ def test_a_family_whose_pipeline_does_not_shift_by_size_is_refused(tmp_path: Pat
 
 
 def test_a_fixed_shift_does_not_depend_on_the_image(tmp_path: Path) -> None:
-    """It counts the scheduler's own steps, as before there were others."""
     path = save_tiny_flux(tmp_path / "flux")
     schedule = load_backbone(ModelFolder.find(BackboneSpec(model=str(path))), "meta").schedule
     assert isinstance(schedule, FlowSchedule)
     spec = steps(-8, scheduler_config={"use_dynamic_shifting": False, "shift": 3.0})
     for n_tokens in (48, 4096):
-        assert schedule.for_tokens(n_tokens).resolve(spec) == schedule.resolve(spec)
+        assert schedule.for_tokens(n_tokens).resolve(spec) == schedule.for_tokens(1).resolve(spec)
 
 
 def test_without_a_scheduler_the_number_of_tokens_is_nothing() -> None:

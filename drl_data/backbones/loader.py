@@ -292,6 +292,7 @@ def load_backbone(model: Model, device: str | torch.device) -> Backbone:
         return model.load(place)
     folder = model
     from drl_data.backbones.adm import GUIDED_DIFFUSION, load_guided_diffusion
+    from drl_data.backbones.autoencoder import AutoencoderBackbone
     from drl_data.backbones.encoder import EncoderBackbone
     from drl_data.backbones.joint import FluxBackbone, SD3Backbone
     from drl_data.backbones.transformer import DiTBackbone, PixArtBackbone, SanaBackbone
@@ -309,6 +310,8 @@ def load_backbone(model: Model, device: str | torch.device) -> Backbone:
         "WanTransformer3DModel": WanBackbone.load,
         "CogVideoXTransformer3DModel": CogVideoXBackbone.load,
         GUIDED_DIFFUSION: load_guided_diffusion,
+        "AutoencoderKL": AutoencoderBackbone.load,
+        "AutoencoderDC": AutoencoderBackbone.load,
         ENCODER: EncoderBackbone.load,
     }
     if folder.spec.dit_time_shift != 1 and folder.class_name != "DiTTransformer2DModel":

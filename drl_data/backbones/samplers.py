@@ -37,8 +37,9 @@ FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 
 @dataclass(frozen=True)
 class DynamicShift:
-    """How a pipeline asks a scheduler with `use_dynamic_shifting` for its steps: with the shift
-    `mu`, which grows with the number of image tokens (diffusers 0.42, `calculate_shift`)."""
+    """How a pipeline asks its scheduler for steps: with sigmas of its own or not; and, of one with
+    `use_dynamic_shifting`, with the shift `mu`, which grows with the number of image tokens
+    (diffusers 0.42, `calculate_shift`)."""
 
     max_shift: float
     """What the pipeline takes for `max_shift` if the scheduler's configuration has none."""
@@ -61,9 +62,10 @@ class DynamicShift:
         )
         slope = (max_shift - base_shift) / (max_tokens - base_tokens)
         mu = n_tokens * slope + (base_shift - slope * base_tokens)
+        shifts = {"mu": mu} if config.get("use_dynamic_shifting") else {}
         if self.own_sigmas and not config.get("use_flow_sigmas"):
-            return {"sigmas": np.linspace(1.0, 1 / n_steps, n_steps), "mu": mu}
-        return {"num_inference_steps": n_steps, "mu": mu}
+            return {"sigmas": np.linspace(1.0, 1 / n_steps, n_steps), **shifts}
+        return {"num_inference_steps": n_steps, **shifts}
 
 
 FLUX_SHIFT = DynamicShift(max_shift=1.15, own_sigmas=True)
@@ -124,8 +126,8 @@ class DiffusersSampler:
 
     def times(self, n_steps: int) -> tuple[float, ...]:
         arguments: dict[str, object] = {"num_inference_steps": n_steps}
-        dynamic = self.scheduler.config.get("use_dynamic_shifting")
-        if dynamic and self.shift is not None and self.n_tokens is not None:
+        flow = self.name in FLOW or self.scheduler.config.get("use_dynamic_shifting")
+        if flow and self.shift is not None and self.n_tokens is not None:
             arguments = self.shift.arguments(self.scheduler.config, n_steps, self.n_tokens)
         try:
             self.scheduler.set_timesteps(**arguments)
