@@ -142,6 +142,11 @@ def _grid(array: ArraySpec) -> tuple[int, int]:
         return array.shape[1], array.shape[2]
     if array.dims == ("channel",):
         return 1, 1
+    if "frame" in array.dims:
+        raise SpecError(
+            f"distill.tap {array.name!r} has frames; average them with `reduce: [frame_mean]` in "
+            "the pipeline's taps"
+        )
     n_tokens = array.shape[0]
     side = math.isqrt(n_tokens)
     if side * side != n_tokens:

@@ -124,20 +124,22 @@ def test_difftrack_cogvideox(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "told", "sigma"),
+    ("name", "shape", "told", "sigma", "n_parameters"),
     [
-        ("vidfm3d_wan", (1536, 21, 30, 52), 502, 0.502),
-        ("vidfm3d_cogvideox", (3072, 13, 30, 45), 250, None),
-        ("difftrack_cogvideox", (1920, 13, 30, 45), 19, None),
+        ("vidfm3d_wan", (1536, 21, 30, 52), 502, 0.502, 1_418_996_800),
+        ("vidfm3d_cogvideox", (3072, 13, 30, 45), 250, None, 5_570_283_072),
+        ("difftrack_cogvideox", (1920, 13, 30, 45), 19, None, 1_693_783_872),
     ],
 )
 def test_the_real_models_have_the_published_shapes(
-    name: str, shape: tuple[int, ...], told: float, sigma: float | None
+    name: str, shape: tuple[int, ...], told: float, sigma: float | None, n_parameters: int
 ) -> None:
     recipe = Pipeline.load(find_recipe(name))
     assert recipe.backbone is not None
     assert recipe.schedule is not None
     backbone = load_backbone(find_model(recipe.backbone, structure_only=True), "meta")
+    # Counted from the bundled configurations, so that none changes unseen.
+    assert sum(p.numel() for p in backbone.network.parameters()) == n_parameters
     (time,) = backbone.schedule.resolve(recipe.schedule)
     assert time.model_time == told
     if sigma is not None:

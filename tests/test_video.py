@@ -39,6 +39,7 @@ from drl_data.rehearse import rehearsal
 from drl_data.runs import extract
 from drl_data.schedule import mask_patches
 from drl_data.spec import (
+    ArraySpec,
     BackboneSpec,
     ConditionSpec,
     CropViews,
@@ -51,7 +52,7 @@ from drl_data.spec import (
     StudentSpec,
     TapSpec,
 )
-from drl_data.student import Student
+from drl_data.student import Student, _grid
 from drl_data.tap_reducer import TapReducer
 from drl_data.taps import ResolvedTap, resolve
 from drl_data.testing import write_photo_tars
@@ -225,6 +226,9 @@ def test_probes_average_frames() -> None:
 
 
 def test_students_take_images() -> None:
+    array = ArraySpec(name="x", tap="x", dims=VIDEO, shape=(16, 1, 4, 4), dtype="float32")
+    with pytest.raises(SpecError, match=r"'x' has frames; average them .*frame_mean"):
+        _grid(array)
     with pytest.raises(SpecError, match=r"images.frames 9: students take images, not videos"):
         Student(StudentSpec(), IMAGES, 0)
 
