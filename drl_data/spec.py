@@ -226,7 +226,8 @@ class BackboneSpec(Spec):
     """DiT only: `downscale_freq_shift` of the sinusoids that tell it the time. diffusers has 1; the
     original code (Peebles and Xie 2023), which trained the weights, has 0."""
     weights: str | None = None
-    """A safetensors file that replaces every weight of the denoiser (CleanDIFT)."""
+    """A safetensors file that replaces every weight of the denoiser (CleanDIFT); the checkpoint
+    of a model of Python code that reads one."""
     lora: Annotated[tuple[Lora, ...], BeforeValidator(_as_tuple)] = ()
     """Low-rank updates fused into the denoiser's weights, in this order."""
 
