@@ -888,7 +888,9 @@ def _with_paths(backbone: BackboneSpec, join: Callable[[str], str]) -> BackboneS
         "lora": tuple(lora.model_copy(update={"path": join(lora.path)}) for lora in backbone.lora)
     }
     if _is_relative_folder(backbone.model):
-        update["model"] = join(backbone.model)
+        folder = join(backbone.model)  # which must still be told from a hub id
+        is_told = is_absolute(folder) or folder.startswith(".")
+        update["model"] = folder if is_told else f"./{folder}"
     if backbone.weights is not None:
         update["weights"] = join(backbone.weights)
     return backbone.model_copy(update=update)
