@@ -274,8 +274,9 @@ class BackboneSpec(Spec):
     """DiT only: `downscale_freq_shift` of the sinusoids that tell it the time. diffusers has 1; the
     original code (Peebles and Xie 2023), which trained the weights, has 0."""
     weights: str | None = None
-    """A safetensors file that replaces every weight of the denoiser (CleanDIFT), or of an encoder;
-    under the names of the network in memory, which `drl taps` lists."""
+    """A safetensors file that replaces every weight of the denoiser (CleanDIFT), or of an encoder,
+    under the names of the network in memory, which `drl taps` lists; or the checkpoint of a model
+    of Python code that reads one."""
     lora: Annotated[tuple[Lora, ...], BeforeValidator(_as_tuple)] = ()
     """Low-rank updates fused into the denoiser's weights, in this order."""
 
@@ -1057,7 +1058,9 @@ def _with_paths(backbone: BackboneSpec, join: Callable[[str], str]) -> BackboneS
         "lora": tuple(lora.model_copy(update={"path": join(lora.path)}) for lora in backbone.lora)
     }
     if _is_relative_folder(backbone.model):
-        update["model"] = join(backbone.model)
+        folder = join(backbone.model)  # which must still be told from a hub id
+        is_told = is_absolute(folder) or folder.startswith(".")
+        update["model"] = folder if is_told else f"./{folder}"
     if backbone.weights is not None:
         update["weights"] = join(backbone.weights)
     return backbone.model_copy(update=update)

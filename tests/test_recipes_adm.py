@@ -444,6 +444,11 @@ def test_a_folder_that_is_yet_to_be_made_is_planned_from_the_bundle_of_its_name(
     assert recipe.backbone is not None
     with pytest.raises(WeightsError, match="no folder"):
         find_model(recipe.backbone)
+    relative = recipe.backbone.model_copy(update={"model": "./models/adm-256-uncond"})
+    moved = recipe.model_copy(update={"backbone": relative}).relative_to(Path("pipelines"))
+    assert moved.backbone is not None
+    assert moved.backbone.model == "./pipelines/models/adm-256-uncond"  # and so no hub id
+    assert find_model(moved.backbone, structure_only=True).digest()
     nameless = recipe.backbone.model_copy(update={"model": "./models/no-bundle"})
     with pytest.raises(WeightsError, match="no folder"):
         find_model(nameless, structure_only=True)
