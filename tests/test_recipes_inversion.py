@@ -13,6 +13,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from drl_data.backbones import find_model, load_backbone
+from drl_data.backbones.backbone import CLEAN
+from drl_data.recipes import find_recipe
+from drl_data.spec import BackboneSpec, ConditionSpec, Pipeline
 from tests.references import Rehearsed, hooked, rehearse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -136,3 +140,85 @@ def test_satdifuser(tmp_path: Path) -> None:
             side = int(tokens.shape[1] ** 0.5)
             want = tokens.reshape(4, side, side, -1).permute(0, 3, 1, 2)
             assert torch.equal(run.features(path, t), want)
+
+
+def told_next(run: Rehearsed, *paths: str) -> Iterator[tuple[int, Tensor, dict[str, Tensor]]]:
+    """(label, latents, outputs of modules) along an inversion as PnP's, clean first: each step is
+    told the time of the latents that it makes."""
+    n_steps = run.pipeline.schedule.n_steps
+    unet = UNet2DConditionModel.from_pretrained(run.model / "unet").eval()
+    text = text_of(run.model, "")
+    kept = hooked(unet, *paths)
+
+    def predict(x: Tensor, t: int, after: int) -> Tensor:
+        return unet(x, after, encoder_hidden_states=text, return_dict=False)[0]
+
+    latents = inverted(latents_of(run, draws=False), ascending(n_steps, 1), predict)
+    waiting: tuple[int, Tensor] | None = None
+    for i, x in enumerate(latents):
+        if waiting is not None:
+            yield (*waiting, dict(kept))
+        waiting = (n_steps - 1 - i, x)
+    assert waiting is not None
+    yield (*waiting, dict(kept))
+
+
+@torch.no_grad()
+def test_pnp_latents(tmp_path: Path) -> None:
+    recipe = Pipeline.load(find_recipe("pnp_latents"))
+    assert recipe.schedule is not None
+    published = ascending(999, 1)  # 999 is the real number of steps, too slow to rehearse
+    assert [published[998 - int(label)] for label in recipe.schedule.timesteps] == [
+        *range(981, 0, -20)  # what its sampler of 50 steps visits
+    ]
+    run = rehearse("pnp_latents", tmp_path)
+    stored = 0
+    for label, x, _ in told_next(run):
+        if label in (2, 12, 22):
+            assert torch.equal(run.features("latent.noisy", (2, 12, 22).index(label)), x)
+            stored += 1
+    assert stored == 3
+
+
+@torch.no_grad()
+def test_pnp_features(tmp_path: Path) -> None:
+    run = rehearse("pnp_features", tmp_path)
+    # output_blocks 4 .. 11 of the original code: all but the first attention from up_blocks.1 on
+    blocks = [(i, j) for i in (1, 2, 3) for j in range(3) if (i, j) != (1, 0)]
+    attn1 = [f"up_blocks.{i}.attentions.{j}.transformer_blocks.0.attn1" for i, j in blocks]
+    want = {"up_blocks.1.resnets.1-pre_residual": "up_blocks.1.resnets.1.conv2"}
+    want |= {f"{path}-attn.{part}": f"{path}.to_{part}" for path in attn1 for part in "qk"}
+    assert {array.name for array in run.store.arrays} == set(want)
+    for label, _, kept in told_next(run, *want.values()):
+        if label not in (2, 12, 22):
+            continue
+        for array, path in want.items():
+            out = kept[path]
+            if out.ndim == 3:
+                side = int(out.shape[1] ** 0.5)
+                out = out.reshape(4, side, side, -1).permute(0, 3, 1, 2)
+            assert torch.equal(run.features(array, (2, 12, 22).index(label)), out), array
+
+
+# --- the real models ----------------------------------------------------------------------------
+
+# recipe: (arrays, bytes of one image at one time in float16); Hyperfeatures': recipes.md section 1.3
+REAL = {
+    "hyperfeatures": (12, 14.3e6),
+    "hyperfeatures_one_step": (12, 14.3e6),
+    "satdifuser": (21, 7.0e6),
+    "pnp_latents": (1, 2 * 4 * 64 * 64),
+    "pnp_features": (17, 26.9e6),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_size_of_the_real_model(name: str) -> None:
+    n_arrays, n_bytes = REAL[name]
+    recipe = Pipeline.load(find_recipe(name))
+    model = find_model(BackboneSpec(model="bundled:stable-diffusion-v1-5"))
+    backbone = load_backbone(model, "meta")
+    taps = backbone.resolve(recipe.taps)
+    arrays = backbone.arrays(taps, recipe.images, ConditionSpec(), CLEAN, "float16")
+    assert len(arrays) == n_arrays
+    assert sum(array.bytes_per_row for array in arrays) == pytest.approx(n_bytes, rel=0.01)
