@@ -202,7 +202,7 @@ def test_pnp_features(tmp_path: Path) -> None:
 
 # --- the real models ----------------------------------------------------------------------------
 
-# recipe: (arrays, bytes of one image at one time in float16); Hyperfeatures': recipes.md section 1.3
+# recipe: (arrays, bytes of an image at one time in float16); Hyperfeatures': recipes.md 1.3
 REAL = {
     "hyperfeatures": (12, 14.3e6),
     "hyperfeatures_one_step": (12, 14.3e6),
