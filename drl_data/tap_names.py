@@ -80,6 +80,8 @@ LDM_XL = ldm_blocks(3, frozenset({1, 2}))
 
 _GDF_PLACE = r"(?P<side>down|up)-level(?P<level>\d+)|(?P<mid>mid)(?:-level\d+)?"
 _VIT, _BLOCK = r"repeat(\d+)-vit-block(\d+)", r"attentions.\1.transformer_blocks.\2"
+_MID_VIT = re.compile(r"^mid-vit-")
+_DIT, _DIT_BLOCK = re.compile(r"^vit-block(\d+)-"), "attentions.0.transformer_blocks"
 _GDF: Mapping[str, str] = {
     r"repeat(\d+)-res-increment": r"resnets.\1@pre_residual",
     r"repeat(\d+)-res-out": r"resnets.\1",
@@ -120,6 +122,9 @@ def _cleandift(name: str) -> str:
 def _gdf(name: str) -> str:
     if name == "unet-in":
         return "conv_in@in"
+    if _DIT.match(name):  # of a PixArt, whose blocks are those of a UNet's attention, alone
+        return _gdf(f"mid-{name}").replace(f"mid_block.{_DIT_BLOCK}", "transformer_blocks")
+    name = _MID_VIT.sub("mid-repeat0-vit-", name)  # the middle has one attention and counts none
     place = re.match(f"(?:{_GDF_PLACE})-", name)
     if place is not None:
         block = "mid_block" if place["mid"] else f"{place['side']}_blocks.{place['level']}"

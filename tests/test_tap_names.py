@@ -83,6 +83,14 @@ def test_gdf_practical(sd15: nn.Module) -> None:
         ),
         ("gdf:up-level0-upsampler-out", "up_blocks.0.upsamplers.0"),
         ("gdf:unet-in", "conv_in@in"),
+        ("gdf:mid-vit-out", "mid_block.attentions.0"),
+        (
+            "gdf:mid-vit-block0-self-q",
+            "mid_block.attentions.0.transformer_blocks.0.attn1@attn.q",
+        ),
+        ("gdf:vit-block14-cross-q", "transformer_blocks.14.attn2@attn.q"),
+        ("gdf:vit-block3-out", "transformer_blocks.3"),
+        ("gdf:vit-block3-ffn-inner", "transformer_blocks.3.ff.net.0"),
         # recipes.md 3A: sd-dino and ODISE read the inputs of output_blocks 2, 5, 8, 11
         ("ldm:output_blocks.5@pre_concat", "up_blocks.1.resnets.2@pre_concat"),
         ("ldm:output_blocks.2@in", "up_blocks.0.resnets.2@in"),
