@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
-from drl_data.recipes import find_recipe, recipe_names
+from drl_data.recipes import find_recipe, recipe_folder, recipe_names
 from drl_data.spec import Pipeline
 
 DEMO = {"digits", "digits_random", "digits_pretrain"}
@@ -37,3 +38,9 @@ def test_every_recipe_has_a_reference() -> None:
     }
     missing = [name for name in PUBLISHED if name not in tests]
     assert not missing
+
+
+def test_the_readme_has_a_row_for_every_recipe() -> None:
+    lines = (recipe_folder() / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = [line.split("|")[1] for line in lines if line.startswith("| `")]
+    assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row)) == PUBLISHED
