@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from drl_data.backbones import find_model, load_backbone
-from drl_data.errors import SpecError
+from drl_data.errors import SpecError, WeightsError
 from drl_data.examples.concept_attention import tiny_folder
 from drl_data.noise import draw_normal
 from drl_data.spec import BackboneSpec, ConditionSpec
@@ -80,15 +80,19 @@ def clip_pooled(model: Path, prompts: Sequence[str]) -> Tensor:
 class Flux:
     """A tiny Flux of a rehearsal, called as the pipeline of diffusers calls it."""
 
-    def __init__(self, run: Rehearsed, prompts: Sequence[str]) -> None:
+    def __init__(
+        self,
+        run: Rehearsed,
+        prompts: Sequence[str],
+        resample: Image.Resampling = Image.Resampling.BICUBIC,
+    ) -> None:
         model = run.model
         self.run = run
         self.transformer = FluxTransformer2DModel.from_pretrained(model / "transformer").eval()
         self.vae = AutoencoderKL.from_pretrained(model / "vae").eval()
         self.states = t5_states(model, prompts, N_T5)
         self.pooled = clip_pooled(model, prompts)
-        resample = {"bilinear": Image.Resampling.BILINEAR}.get(run.pipeline.images.filter)
-        self.posterior = self.vae.encode(run.pixels(*([resample] if resample else []))).latent_dist
+        self.posterior = self.vae.encode(run.pixels(resample)).latent_dist
 
     def latents(self, member: int = 0) -> Tensor:
         """A draw from the posterior, shifted and scaled: [b, c, h, w]."""
@@ -166,7 +170,7 @@ def test_ditf_flux_spair(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_ditf_flux_davis(tmp_path: Path) -> None:
     run = rehearse("ditf_flux_davis", tmp_path)
-    flux = Flux(run, [""] * 4)
+    flux = Flux(run, [""] * 4, Image.Resampling.BILINEAR)
     block = "single_transformer_blocks.5"
     inputs = hooked_inputs(flux.transformer, block)
     kept = hooked(flux.transformer, f"{block}.norm.linear")
@@ -333,6 +337,18 @@ def test_concepts_leave_flux_as_it_is(tmp_path: Path) -> None:
     assert torch.equal(got, FluxPipeline._unpack_latents(want, 32, 32, 4))
     with pytest.raises(SpecError, match="want concepts, separated by commas"):
         backbone.conditioning(ConditionSpec())
+
+
+def test_concepts_are_planned_without_weights_and_digested_with_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    name = "python:drl_data.examples.concept_attention"
+    real = find_model(BackboneSpec(model=f"{name}:schnell", revision="main"), structure_only=True)
+    digests = {real.digest(), find_model(BackboneSpec(model=f"{name}:tiny")).digest()}
+    assert len(digests) == 2
+    with pytest.raises(WeightsError, match="neither in the local cache"):
+        load_backbone(real, "cpu")
 
 
 class DiT:

@@ -182,8 +182,9 @@ class FluxWithConcepts(FluxBackbone, CustomBackbone):
         self._spec = spec
 
     def weights_digest(self) -> str:
-        folder = find_model(self._spec)
-        return folder.digest()
+        # Of the configuration where the weights are not at hand, for a plan: what needs the
+        # weights does not get past loading them.
+        return find_model(self._spec, structure_only=True).digest()
 
     def conditioning(self, spec: ConditionSpec) -> Conditioning:
         names = [name.strip() for name in spec.prompt.split(",") if name.strip()]
