@@ -47,14 +47,17 @@ def photo_of(run: Rehearsed) -> list[str]:
     return [f"a photo of a {photo.label}" for photo in run.photos]
 
 
-def latents_of(run: Rehearsed, resample: Image.Resampling, *, draws: bool = True) -> Tensor:
-    """A draw from the VAE's posterior, or its mean; scaled. [4, 4, 16, 16]"""
+def latents_of(
+    run: Rehearsed, resample: Image.Resampling, *, draws: bool = True, unit_range: bool = False
+) -> Tensor:
+    """A draw from the VAE's posterior, or its mean; scaled. [4, 4, 16, 16]
+
+    `unit_range`: of pixels in 0..1 instead of -1..1.
+    """
     vae = AutoencoderKL.from_pretrained(run.model / "vae").eval()
-    low, high = run.pipeline.images.range
     pixels = run.pixels(resample)
-    if (low, high) == (0.0, 1.0):
-        arrays = torch.round((pixels + 1) / 2 * 255)
-        pixels = arrays / 255
+    if unit_range:
+        pixels = torch.round((pixels + 1) / 2 * 255) / 255
     posterior = vae.encode(pixels).latent_dist
     z = posterior.mean
     if draws:
@@ -270,7 +273,7 @@ def test_distilldift_pixart(tmp_path: Path) -> None:
     states = [encoder(t.input_ids, attention_mask=t.attention_mask)[0] for t in tokens]
     kept = hooked(transformer, "transformer_blocks.10.attn2.to_q")
     transformer(
-        latents_of(run, BILINEAR),
+        latents_of(run, BILINEAR, unit_range=True),
         encoder_hidden_states=torch.cat(states),
         encoder_attention_mask=torch.cat([t.attention_mask for t in tokens]),
         timestep=torch.zeros(4, dtype=torch.long),
