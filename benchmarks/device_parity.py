@@ -82,9 +82,8 @@ def main() -> int:
         except Exception as error:
             failed.append(name)
             last = traceback.extract_tb(error.__traceback__)[-1]
-            print(
-                f"FAILED {name}: {type(error).__name__}: {str(error)[:300]} ({last.filename}:{last.lineno})"
-            )
+            what = f"{type(error).__name__}: {str(error)[:300]}"
+            print(f"FAILED {name}: {what} ({last.filename}:{last.lineno})")
     apart = [(e, name) for e, name in found if not e <= LIMIT]
     for e, name in sorted(found, reverse=True)[:15]:
         print(f"{e:9.2e}  {name}")
