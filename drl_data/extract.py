@@ -285,6 +285,7 @@ def resolve_features(
     for condition in conditions[1:]:
         backbone.conditioning(condition)
     check_losses(taps, spec)
+    _check_lengths(backbone, taps, spec)
     inside = [tap for tap in taps if tap.site != LOSS]
     made = {
         array.name: array
@@ -317,6 +318,17 @@ def check_losses(taps: Sequence[ResolvedTap], spec: FeatureSpec) -> None:
         raise SpecError(f"tap loss: features.dtype {spec.dtype} is for channels; want float32")
     if any(tap.reduce for tap in losses):
         raise SpecError("tap loss: it has no reductions; reduce the table when it is read")
+
+
+def _check_lengths(backbone: Backbone, taps: Sequence[ResolvedTap], spec: FeatureSpec) -> None:
+    """Raise TapError for text tokens whose number each sample's own prompt decides."""
+    ragged = [tap for tap in taps if spec.condition.per_sample and backbone.is_ragged(tap)]
+    if ragged:
+        raise TapError(
+            f"tap {ragged[0].address}: this model does not pad prompts to one length, so that text "
+            "tokens of samples with prompts of their own make no array; tap image tokens, or tell "
+            "all samples one prompt"
+        )
 
 
 def loss_array(tap: ResolvedTap, spec: FeatureSpec) -> ArraySpec:

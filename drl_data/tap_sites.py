@@ -57,8 +57,26 @@ _PROJECTIONS: Mapping[str, tuple[str, ...]] = {
 }
 """Names of an attention's projections in diffusers and in transformers."""
 
+_TEXT_MODULES = frozenset(
+    {
+        *("context_embedder", "norm1_context", "norm2_context", "ff_context"),  # SD3, Flux
+        *("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k", "to_add_out"),
+        *("caption_projection", "caption_norm"),  # PixArt, Sana
+        *("cap_embedder", "context_refiner"),  # Z-Image
+    }
+)
+"""Modules that see text tokens only, by any component of their path."""
+
+_TEXT_PATHS = ("attn2.to_k", "attn2.to_v", "attn2.norm_k")
+"""Keys and values of cross-attention, which are the text's."""
+
 _FEED_FORWARDS = ("ff", "mlp", "feed_forward")
 _HEADS = ("heads", "num_heads", "num_attention_heads")
+
+
+def is_text(module: str) -> bool:
+    """Whether a module of a transformer, by its path, sees the text's tokens only."""
+    return not _TEXT_MODULES.isdisjoint(module.split(".")) or module.endswith(_TEXT_PATHS)
 
 
 def n_heads(module: nn.Module) -> int | None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from drl_data.errors import SpecError
+from drl_data.tiny_qwen import save_tiny_qwen3
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -377,6 +378,34 @@ def save_tiny_sana(folder: Path, *, seed: int = 0, **config: object) -> Path:
     return folder
 
 
+def save_tiny_z_image(folder: Path, *, seed: int = 0, **config: object) -> Path:
+    """The folder of a Z-Image pipeline: Qwen 3, tokens padded to multiples of 32."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
+
+    torch.manual_seed(seed)
+    network = ZImageTransformer2DModel(
+        **{
+            "in_channels": 16,
+            "dim": 32,
+            "n_layers": 3,
+            "n_refiner_layers": 1,
+            "n_heads": 2,
+            "n_kv_heads": 2,
+            "cap_feat_dim": 24,
+            "axes_dims": (4, 6, 6),
+            "axes_lens": (1024, 16, 16),
+            **config,
+        }
+    )
+    for pad in (network.x_pad_token, network.cap_pad_token):
+        torch.nn.init.normal_(pad)
+    network.save_pretrained(folder / "transformer")
+    _tiny_vae(16, scaling_factor=0.3611, shift_factor=0.1159).save_pretrained(folder / "vae")
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
+    save_tiny_qwen3(folder)
+    return folder
+
+
 def _tiny_vae(
     channels: int = 4, *, scaling_factor: float = 0.18215, shift_factor: float | None = None
 ) -> AutoencoderKL:
@@ -454,6 +483,7 @@ FAMILIES: Mapping[str, Callable[..., Path]] = {
     "sana": save_tiny_sana,
     "sd3": save_tiny_sd3,
     "flux": save_tiny_flux,
+    "z_image": save_tiny_z_image,
     **{name: partial(save_tiny_encoder, model_type=name) for name in TINY_ENCODERS},
 }
 """What `save_tiny` makes; encoders under transformers' names of their architectures."""

@@ -25,6 +25,7 @@ from drl_data.tiny_models import (
     save_tiny_sd3,
     save_tiny_sdxl,
     save_tiny_stable_diffusion,
+    save_tiny_z_image,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,7 +37,9 @@ MAKERS: dict[str, Callable[..., Path]] = {
     "sana": save_tiny_sana,
     "sd3": save_tiny_sd3,
     "flux": save_tiny_flux,
+    "z_image": save_tiny_z_image,
 }
+BLOCKS = dict.fromkeys(MAKERS, "transformer_blocks") | {"z_image": "layers"}
 WITH_TEXT = (
     "FLUX.1-dev",
     "PixArt-XL-2-1024-MS",
@@ -61,11 +64,11 @@ def time_of(backbone: Backbone, t: float) -> ScheduleSpec:
     return ScheduleSpec(convention="flow", timesteps=(t,))
 
 
-@pytest.mark.parametrize("family", ["sana", "sd3", "flux"])
+@pytest.mark.parametrize("family", ["sana", "sd3", "flux", "z_image"])
 def test_the_inventory_shows_what_a_tap_gives(models: dict[str, Path], family: str) -> None:
     meta = load(models[family], "meta")
     modules = {m.path: m for m in meta.modules(IMAGES, ConditionSpec())}
-    taps = meta.resolve([TapSpec(path="transformer_blocks.*")])
+    taps = meta.resolve([TapSpec(path=f"{BLOCKS[family]}.*")])
     (time,) = meta.schedule.resolve(time_of(meta, 0.5))
     arrays = meta.arrays(taps, IMAGES, ConditionSpec(), time, "float32")
     for array in arrays:
@@ -79,7 +82,7 @@ def test_tokens_by_name_are_refused_where_they_have_none(
     models: dict[str, Path], family: str
 ) -> None:
     meta = load(models[family], "meta")
-    block = "mid_block" if family == "sdxl" else "transformer_blocks.0"
+    block = "mid_block" if family == "sdxl" else f"{BLOCKS[family]}.0"
     taps = meta.resolve([TapSpec(path=f"{block}@out.cls")])
     convention = "ddpm_index" if family in ("sdxl", "pixart") else "flow"
     (time,) = meta.schedule.resolve(ScheduleSpec(convention=convention, timesteps=(0,)))

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from drl_data.capture import Streams, capture, image_output
@@ -91,8 +92,10 @@ class Conditioning:
 
     @classmethod
     def stack(cls, rows: Sequence[Conditioning]) -> Conditioning:
-        """The conditioning of a batch from that of each of its samples."""
-        return cls({k: torch.cat([row.kwargs[k] for row in rows]) for k in rows[0].kwargs})
+        """The conditioning of a batch from that of each of its samples; shorter texts are padded
+        behind with zeros, as is the mask that hides them."""
+        told = {k: [row.kwargs[k] for row in rows] for k in rows[0].kwargs}
+        return cls({k: torch.cat(_equally_long(tensors)) for k, tensors in told.items()})
 
     def to(self, device: torch.device) -> Conditioning:
         """The same on another device."""
@@ -173,6 +176,10 @@ class Backbone(ABC):
         """How the image's tokens lie among others inside the network, for its input x [b, c, h, w]
         and what it is told; None where no tensor holds other tokens."""
         return None
+
+    def is_ragged(self, tap: ResolvedTap) -> bool:
+        """Whether a tap has as many tokens as the prompt, in a model that pads none to a length."""
+        return False
 
     def resolve(self, taps: Sequence[TapSpec]) -> tuple[ResolvedTap, ...]:
         """The taps of a spec against the modules of this model and of its VAE, under whichever of
@@ -365,7 +372,7 @@ class Backbone(ABC):
             calls, total = trace(
                 self.network,
                 lambda: self.forward(x, time, told),
-                select=lambda module, output: image_output(module, output, streams),
+                select=lambda path, module, output: image_output(path, module, output, streams),
             )
         size = (x.shape[-2], x.shape[-1])
 
@@ -456,6 +463,14 @@ def arrange(x: Tensor, size: tuple[int, int]) -> tuple[Tensor, tuple[str, ...]]:
             side = (height // patch, width // patch)
             return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], *side), MAP
     return x, TOKENS
+
+
+def _equally_long(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors [1, n, ...], n the largest of theirs; vectors [1] stay."""
+    if tensors[0].ndim < 2:
+        return list(tensors)
+    n = max(x.shape[1] for x in tensors)
+    return [F.pad(x, (0, 0) * (x.ndim - 2) + (0, n - x.shape[1])) for x in tensors]
 
 
 def check_images(images: ImageSpec, n_channels: int, multiple: int) -> None:

@@ -12,17 +12,23 @@ from torch import Tensor
 from drl_data.backbones.latent import LatentTextBackbone
 from drl_data.backbones.loader import ModelFolder, load_flow_schedule, load_network
 from drl_data.backbones.text import POOLED, PROMPT, TextEncoders
-from drl_data.backbones.tokens import TokenLayout, is_text
+from drl_data.backbones.tokens import TokenLayout
 from drl_data.backbones.vae import latent_shape, load_vae
 from drl_data.capture import Streams
 from drl_data.errors import SpecError
 from drl_data.spec import ConditionSpec, ImageSpec
+from drl_data.tap_sites import is_text
 from drl_data.taps import ResolvedTap
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
-JOINT_BLOCKS = ("JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock")
+JOINT_BLOCKS = (
+    "JointTransformerBlock",
+    "FluxTransformerBlock",
+    "FluxSingleTransformerBlock",
+    "ZImageTransformerBlock",  # one stream in, one out
+)
 """Called with (image, text), they give (text, image) in diffusers 0.42."""
 JOINT_ATTENTIONS = ("Attention", "FluxAttention")
 """Called with (image, text), they give (image, text)."""
@@ -42,6 +48,16 @@ class JointTransformer(LatentTextBackbone):
 
     TEXT_FIRST: ClassVar[bool]
     """Whether text tokens come before the image's where one tensor holds both."""
+
+    RAGGED_TEXT: ClassVar[bool] = False
+    """Whether prompts are not padded to one length."""
+
+    def is_ragged(self, tap: ResolvedTap) -> bool:
+        if not self.RAGGED_TEXT or tap.is_timeless or not tap.module:
+            return False
+        if tap.site == "attn.probs":
+            return [part for part in tap.parts if part in ("image", "text")] != ["image", "image"]
+        return is_text(tap.module) or self._is_text_part(tap)
 
     def streams(self, x: Tensor, kwargs: Mapping[str, Tensor]) -> Streams:
         n_image = (x.shape[-2] // PATCH) * (x.shape[-1] // PATCH)
@@ -104,7 +120,7 @@ class SD3Backbone(JointTransformer):
             POOLED: (config.pooled_projection_dim,),
         }
 
-    def n_prompt_tokens(self) -> int:
+    def n_prompt_tokens(self, prompt: str) -> int:
         self.text.paths("_2")
         return self.text.clip_length("") + SD3_T5_TOKENS
 
@@ -155,7 +171,7 @@ class FluxBackbone(JointTransformer):
             POOLED: (config.pooled_projection_dim,),
         }
 
-    def n_prompt_tokens(self) -> int:
+    def n_prompt_tokens(self, prompt: str) -> int:
         for suffix in ("", "_2"):
             self.text.paths(suffix)
         return FLUX_T5_TOKENS

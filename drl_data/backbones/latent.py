@@ -46,7 +46,7 @@ class LatentTextBackbone(Backbone):
         """Shape of each embedding of a prompt of `n_tokens` tokens, by its name in a file."""
 
     @abstractmethod
-    def n_prompt_tokens(self) -> int:
+    def n_prompt_tokens(self, prompt: str) -> int:
         """Tokens of what `encode_prompt` gives, known without loading an encoder.
 
         Raises:
@@ -89,5 +89,5 @@ class LatentTextBackbone(Backbone):
             return read_embeddings(spec.prompt_embeddings, self.text_shapes(0))
         if self.device.type != "meta":
             return self.encode_prompt(spec.prompt)
-        shapes = self.text_shapes(self.n_prompt_tokens())
+        shapes = self.text_shapes(self.n_prompt_tokens(spec.prompt))
         return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}

@@ -52,7 +52,7 @@ LEGACY_CLASSES = {
     "ada_norm_single": "PixArtTransformer2DModel",
 }
 """What a `Transformer2DModel` of an old repository is now, by its norm_type."""
-_SIDE_FILES = (".json", ".safetensors", ".txt", ".model")
+_SIDE_FILES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 _NOT_READ = ("training.json", "source.json")
 _TO_SAFETENSORS = (
     'python -c "import torch, safetensors.torch as s; s.save_file({k: v.contiguous() for k, v in '
@@ -281,6 +281,7 @@ def load_backbone(model: Model, device: str | torch.device) -> Backbone:
     from drl_data.backbones.joint import FluxBackbone, SD3Backbone
     from drl_data.backbones.transformer import DiTBackbone, PixArtBackbone, SanaBackbone
     from drl_data.backbones.unet import PixelUNetBackbone, load_latent_unet
+    from drl_data.backbones.z_image import ZImageBackbone
 
     families: dict[str, Callable[[ModelFolder, torch.device], Backbone]] = {
         "UNet2DModel": PixelUNetBackbone.load,
@@ -290,6 +291,7 @@ def load_backbone(model: Model, device: str | torch.device) -> Backbone:
         "SD3Transformer2DModel": SD3Backbone.load,
         "FluxTransformer2DModel": FluxBackbone.load,
         "SanaTransformer2DModel": SanaBackbone.load,
+        "ZImageTransformer2DModel": ZImageBackbone.load,
         GUIDED_DIFFUSION: load_guided_diffusion,
         ENCODER: EncoderBackbone.load,
     }
@@ -396,13 +398,16 @@ def load_schedule(folder: ModelFolder) -> Schedule:
     )
 
 
-def load_flow_schedule(folder: ModelFolder, time_scale: float = 1000.0) -> FlowSchedule:
-    """The schedule of a flow model whose network is told `time_scale` * t, whatever scheduler lies
-    beside it; that one's steps can be counted."""
+def load_flow_schedule(
+    folder: ModelFolder, time_scale: float = 1000.0, *, counts_from_noise: bool = False
+) -> FlowSchedule:
+    """The schedule of a flow model whose network is told `time_scale` * t, or 1 - t, whatever
+    scheduler lies beside it; that one's steps can be counted."""
     path = _scheduler_folder(folder)
-    if path is None:
-        return FlowSchedule(time_scale)
-    return FlowSchedule(time_scale, partial(DiffusersSampler.of, _scheduler_config(folder, path)))
+    make_sampler = (
+        None if path is None else partial(DiffusersSampler.of, _scheduler_config(folder, path))
+    )
+    return FlowSchedule(time_scale, make_sampler, counts_from_noise)
 
 
 def _scheduler_folder(folder: ModelFolder) -> Path | None:

@@ -1,4 +1,4 @@
-"""Text encoders beside a denoiser (CLIP, T5, Gemma), and files with what they would give.
+"""Text encoders beside a denoiser (CLIP, T5, Gemma, Qwen), and files with what they would give.
 
 One prompt at a time, so that an embedding does not depend on what is encoded with it, and in
 float32 whatever the precision of the denoiser.
@@ -105,6 +105,42 @@ class TextEncoders:
 
         return self._last(suffix, prompt, n_tokens, (GemmaTokenizer, Gemma2Model), masked=True)
 
+    def n_chat(self, suffix: str, prompt: str, n_tokens: int) -> int:
+        """Tokens that `chat` gives, counted without loading the encoder."""
+        from transformers import Qwen2Tokenizer
+
+        tokenizer = self._tokenizer(suffix, Qwen2Tokenizer)
+        return int(self._chat_ids(tokenizer, prompt, n_tokens)[1].sum())
+
+    def chat(self, suffix: str, prompt: str, n_tokens: int) -> Tensor:
+        """Qwen 3 (Yang et al. 2025) of a user's message in its chat template: the states [n, c] of
+        the layer before the last, of at most `n_tokens` tokens and without the padding."""
+        from transformers import Qwen2Tokenizer, Qwen3Model
+
+        tokenizer, encoder = self._load(suffix, Qwen2Tokenizer, Qwen3Model)
+        ids, mask = self._chat_ids(tokenizer, prompt, n_tokens)
+        ids, mask = ids.to(self._device), mask.to(self._device)
+        with torch.no_grad():
+            out = encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        states: Tensor = out.hidden_states[-2]
+        return states[mask]
+
+    @staticmethod
+    def _chat_ids(
+        tokenizer: PreTrainedTokenizerBase, prompt: str, n_tokens: int
+    ) -> tuple[Tensor, Tensor]:
+        """Ids and mask, [1, n_tokens] each."""
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=True,
+        )
+        tokens = tokenizer(
+            text, padding="max_length", max_length=n_tokens, truncation=True, return_tensors="pt"
+        )
+        return tokens.input_ids, tokens.attention_mask.bool()
+
     @property
     def n_loaded(self) -> int:
         """Encoders in memory."""
@@ -144,14 +180,18 @@ class TextEncoders:
             from transformers.utils.logging import disable_progress_bar
 
             disable_progress_bar()  # of loading one small file
-            tokenizer_path, encoder_path = self.paths(suffix)
-            with weights_errors(self._folder, tokenizer_path):
-                tokenizer = tokenizer_class.from_pretrained(  # type: ignore[attr-defined]
-                    tokenizer_path, local_files_only=True
-                )
-            encoder = load_component(self._folder, encoder_path, encoder_class).eval()
+            tokenizer = self._tokenizer(suffix, tokenizer_class)
+            encoder = load_component(self._folder, self.paths(suffix)[1], encoder_class).eval()
             self._loaded[suffix] = tokenizer, encoder.to(self._device)
         return self._loaded[suffix]
+
+    def _tokenizer(self, suffix: str, tokenizer_class: type) -> PreTrainedTokenizerBase:
+        path = self.paths(suffix)[0]
+        with weights_errors(self._folder, path):
+            tokenizer: PreTrainedTokenizerBase = tokenizer_class.from_pretrained(  # type: ignore[attr-defined]
+                path, local_files_only=True
+            )
+        return tokenizer
 
 
 def read_embeddings(path: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

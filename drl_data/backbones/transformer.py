@@ -17,7 +17,7 @@ from drl_data.backbones.loader import (
     load_schedule,
 )
 from drl_data.backbones.text import MASK, PROMPT, TextEncoders
-from drl_data.backbones.tokens import TokenLayout, is_text
+from drl_data.backbones.tokens import TokenLayout
 from drl_data.backbones.vae import (
     decode_latents,
     encode_latents,
@@ -28,6 +28,7 @@ from drl_data.backbones.vae import (
 from drl_data.errors import SpecError, WeightsError
 from drl_data.schedule import Schedule
 from drl_data.spec import ConditionSpec, ImageSpec
+from drl_data.tap_sites import is_text
 from drl_data.taps import ResolvedTap
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ class PixArtBackbone(CrossAttentionTransformer):
         vae = load_vae(folder, device)
         return cls(network, load_schedule(folder), device, vae, TextEncoders(folder))
 
-    def n_prompt_tokens(self) -> int:
+    def n_prompt_tokens(self, prompt: str) -> int:
         self.text.paths("")
         return self._n_tokens()
 
@@ -202,7 +203,7 @@ class SanaBackbone(CrossAttentionTransformer):
         schedule = load_flow_schedule(folder, time_scale=1000.0 * scale)
         return cls(network, schedule, device, vae, TextEncoders(folder))
 
-    def n_prompt_tokens(self) -> int:
+    def n_prompt_tokens(self, prompt: str) -> int:
         self.text.paths("")
         return SANA_GEMMA_TOKENS
 

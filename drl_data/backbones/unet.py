@@ -83,7 +83,7 @@ class LatentUNetBackbone(LatentTextBackbone):
     def text_shapes(self, n_tokens: int) -> dict[str, tuple[int, ...]]:
         return {PROMPT: (n_tokens, self.network.config.cross_attention_dim)}
 
-    def n_prompt_tokens(self) -> int:
+    def n_prompt_tokens(self, prompt: str) -> int:
         return self.text.clip_length("")
 
     def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
@@ -112,7 +112,7 @@ class LatentUNetXLBackbone(LatentTextBackbone):
         width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         return {PROMPT: (n_tokens, config.cross_attention_dim), POOLED: (width,)}
 
-    def n_prompt_tokens(self) -> int:
+    def n_prompt_tokens(self, prompt: str) -> int:
         self.text.paths("_2")
         return self.text.clip_length("")
 
