@@ -48,6 +48,12 @@ _MODULATIONS: Mapping[str, tuple[str, ...]] = {
     "AdaLayerNormContinuous": ("scale", "shift"),
     "LuminaRMSNormZero": ("scale", "gate", "scale_mlp", "gate_mlp"),
 }
+_MODULATION_LAYERS: Mapping[str, tuple[str, ...]] = {
+    "img_mod.1": _SIX,  # Qwen-Image
+    "adaLN_modulation.0": ("scale", "gate", "scale_mlp", "gate_mlp"),  # Z-Image, gates before tanh
+}
+"""The same where the block has a linear layer of its own for it, by its path in the block."""
+
 MODULATION_PARTS = tuple(dict.fromkeys(name for names in _MODULATIONS.values() for name in names))
 
 _PROJECTIONS: Mapping[str, tuple[str, ...]] = {
@@ -63,6 +69,7 @@ _TEXT_MODULES = frozenset(
         *("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k", "to_add_out"),
         *("caption_projection", "caption_norm"),  # PixArt, Sana
         *("cap_embedder", "context_refiner"),  # Z-Image
+        *("txt_norm", "txt_in", "txt_mod", "txt_norm1", "txt_norm2", "txt_mlp"),  # Qwen-Image
     }
 )
 """Modules that see text tokens only, by any component of their path."""
@@ -70,7 +77,7 @@ _TEXT_MODULES = frozenset(
 _TEXT_PATHS = ("attn2.to_k", "attn2.to_v", "attn2.norm_k")
 """Keys and values of cross-attention, which are the text's."""
 
-_FEED_FORWARDS = ("ff", "mlp", "feed_forward")
+_FEED_FORWARDS = ("ff", "mlp", "feed_forward", "img_mlp")
 _HEADS = ("heads", "num_heads", "num_attention_heads")
 
 
@@ -147,6 +154,11 @@ def _adaln(modules: Modules, module: str, parts: tuple[str, ...]) -> Place | Non
         if names is not None and isinstance(linear, nn.Linear):
             chosen = _chunk(names, parts, linear.out_features // len(names))
             return None if chosen is None else Place(f"{path}.linear", "out", chosen)
+    for path, names in _MODULATION_LAYERS.items():
+        linear = modules.get(f"{module}.{path}")
+        if isinstance(linear, nn.Linear):
+            chosen = _chunk(names, parts, linear.out_features // len(names))
+            return None if chosen is None else Place(f"{module}.{path}", "out", chosen)
     table = dict(modules[module].named_parameters(recurse=False)).get("scale_shift_table")
     if table is not None and table.shape[0] == len(_SIX):
         chosen = _chunk(_SIX, parts, table.shape[1])

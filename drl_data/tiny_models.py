@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from drl_data.errors import SpecError
-from drl_data.tiny_qwen import save_tiny_qwen3
+from drl_data.tiny_qwen import save_tiny_qwen3, save_tiny_qwen_vl
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -406,6 +406,37 @@ def save_tiny_z_image(folder: Path, *, seed: int = 0, **config: object) -> Path:
     return folder
 
 
+def save_tiny_qwen_image(folder: Path, *, seed: int = 0, **config: object) -> Path:
+    """The folder of a Qwen-Image pipeline: Qwen 2.5 VL, the VAE of videos."""
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImageTransformer2DModel,
+    )
+
+    torch.manual_seed(seed)
+    QwenImageTransformer2DModel(
+        **{
+            "in_channels": 64,
+            "out_channels": 16,
+            "num_layers": 3,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 24,
+            "axes_dims_rope": (4, 6, 6),
+            **config,
+        }
+    ).save_pretrained(folder / "transformer")
+    AutoencoderKLQwenImage(
+        base_dim=8, z_dim=16, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False]
+    ).save_pretrained(folder / "vae")
+    FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192
+    ).save_pretrained(folder / "scheduler")
+    save_tiny_qwen_vl(folder)
+    return folder
+
+
 def _tiny_vae(
     channels: int = 4, *, scaling_factor: float = 0.18215, shift_factor: float | None = None
 ) -> AutoencoderKL:
@@ -484,6 +515,7 @@ FAMILIES: Mapping[str, Callable[..., Path]] = {
     "sd3": save_tiny_sd3,
     "flux": save_tiny_flux,
     "z_image": save_tiny_z_image,
+    "qwen_image": save_tiny_qwen_image,
     **{name: partial(save_tiny_encoder, model_type=name) for name in TINY_ENCODERS},
 }
 """What `save_tiny` makes; encoders under transformers' names of their architectures."""

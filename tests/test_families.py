@@ -23,6 +23,8 @@ from diffusers import (
     FluxTransformer2DModel,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
@@ -42,6 +44,7 @@ from transformers import (
     CLIPTokenizer,
     Gemma2Model,
     GemmaTokenizer,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen3Model,
     T5EncoderModel,
     T5Tokenizer,
@@ -69,6 +72,7 @@ from drl_data.tiny_models import (
     save_tiny_dit,
     save_tiny_flux,
     save_tiny_pixart,
+    save_tiny_qwen_image,
     save_tiny_sana,
     save_tiny_sd3,
     save_tiny_sdxl,
@@ -88,6 +92,7 @@ MAKERS: dict[str, Callable[..., Path]] = {
     "sd3": save_tiny_sd3,
     "flux": save_tiny_flux,
     "z_image": save_tiny_z_image,
+    "qwen_image": save_tiny_qwen_image,
 }
 TAPS = {
     "sdxl": ["mid_block", "up_blocks.0", "up_blocks.0.attentions.0.**.attn2.to_q"],
@@ -95,13 +100,18 @@ TAPS = {
     "sana": ["transformer_blocks.0", "transformer_blocks.1.ff@in"],
     "sd3": ["transformer_blocks.0", "transformer_blocks.1.attn@out.1", "transformer_blocks.2@in"],
     "flux": ["transformer_blocks.0", "single_transformer_blocks.0", "**.proj_mlp"],
+    "qwen_image": [
+        "transformer_blocks.0",
+        "transformer_blocks.1.txt_mlp",
+        "transformer_blocks.1@ff.in",
+    ],
     "z_image": ["noise_refiner.0", "context_refiner.0", "layers.0", "layers.1.attention.to_k"],
 }
 PAST_THE_TAPS = dict.fromkeys(MAKERS, "proj_out") | {
     "sdxl": "conv_out",
     "z_image": "all_final_layer.2-1",
 }
-FLOW = ("sana", "sd3", "flux", "z_image")
+FLOW = ("sana", "sd3", "flux", "z_image", "qwen_image")
 
 
 @pytest.fixture(scope="session")
@@ -281,6 +291,16 @@ def told_by_z_image(path: Path) -> dict[str, Tensor]:
     }
 
 
+def told_by_qwen_image(path: Path) -> dict[str, Tensor]:
+    tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer")
+    encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(path / "text_encoder").eval()
+    pipeline = QwenImagePipeline(None, None, encoder, tokenizer, None)
+    embeds, mask = pipeline.encode_prompt(PROMPT)
+    assert mask is None
+    shown = torch.ones(embeds.shape[:2], dtype=torch.int64)
+    return {"encoder_hidden_states": embeds, "encoder_hidden_states_mask": shown}
+
+
 TOLD: dict[str, Callable[[Path], dict[str, Tensor]]] = {
     "sdxl": told_by_sdxl,
     "pixart": told_by_pixart,
@@ -288,6 +308,7 @@ TOLD: dict[str, Callable[[Path], dict[str, Tensor]]] = {
     "sd3": told_by_sd3,
     "flux": told_by_flux,
     "z_image": told_by_z_image,
+    "qwen_image": told_by_qwen_image,
 }
 
 
@@ -327,6 +348,7 @@ FILE_NAMES = {
     "text_embeds": "pooled_prompt_embeds",
     "pooled_projections": "pooled_prompt_embeds",
     "encoder_attention_mask": "prompt_attention_mask",
+    "encoder_hidden_states_mask": "prompt_attention_mask",
 }
 
 
@@ -554,6 +576,42 @@ def test_z_image_equals_plain_diffusers_and_image_tokens_are_told_from_text(
 
 
 @torch.no_grad()
+def test_qwen_image_equals_plain_diffusers_and_image_tokens_are_told_from_text(
+    models: dict[str, Path], backbones: dict[str, Backbone]
+) -> None:
+    block, attention = "transformer_blocks.1", "transformer_blocks.1.attn"
+    taps = [block, f"{block}@out.text", f"{block}@in", attention, f"{attention}@out.text"]
+    taps += [f"{block}.txt_mlp", f"{block}@ff.in", "v"]
+    got = denoise(backbones["qwen_image"], "qwen_image", taps)
+    network = QwenImageTransformer2DModel.from_pretrained(models["qwen_image"] / "transformer")
+    kept = hooked(network, "transformer_blocks.0", block, attention, f"{block}.txt_mlp")
+    network.get_submodule(f"{block}.img_mlp").register_forward_pre_hook(
+        lambda m, args: kept.update(modulated=args[0])
+    )
+    told = told_by_qwen_image(models["qwen_image"])
+    (tokens,) = network(
+        QwenImagePipeline._pack_latents(latents_of(backbones["qwen_image"]), 2, 16, 8, 12),
+        encoder_hidden_states=told["encoder_hidden_states"].expand(2, -1, -1),
+        timestep=torch.tensor([260.0, 260.0]) / 1000,
+        img_shapes=[[(1, 4, 6)]] * 2,
+        return_dict=False,
+    )
+    (text, image), (attended, attended_text), (_, before) = (
+        kept[name] for name in (block, attention, "transformer_blocks.0")
+    )  # type: ignore[misc]
+    assert torch.equal(got[block][0], as_map(image, 4, 6))
+    assert torch.equal(got[f"{block}-text"][0], text)
+    assert torch.equal(got[f"{block}-in"][0], as_map(before, 4, 6))
+    assert torch.equal(got[attention][0], as_map(attended, 4, 6))
+    assert torch.equal(got[f"{attention}-text"][0], attended_text)
+    assert torch.equal(got[f"{block}.txt_mlp"][0], kept[f"{block}.txt_mlp"])
+    assert got[f"{block}.txt_mlp"][1] == ("token", "channel")
+    assert torch.equal(got[f"{block}-ff.in"][0], as_map(kept["modulated"], 4, 6))
+    unpacked = QwenImagePipeline._unpack_latents(tokens, 16, 24, 2)
+    assert torch.equal(got["v"][0], unpacked.squeeze(2))
+
+
+@torch.no_grad()
 def test_predictions_of_flow_models_are_latents(backbones: dict[str, Backbone]) -> None:
     """Flux puts out packed tokens; x0 and eps are where the straight path begins and ends."""
     for family in FLOW:
@@ -776,6 +834,8 @@ def read_photos(path: Path) -> tuple[list[str], Tensor]:
         ("flux", ImageSpec(size=18), "needs multiples of 4"),
         ("flux", ImageSpec(size=16, mode="L"), "1 channels; the model takes 3"),
         ("z_image", ImageSpec(size=18), "needs multiples of 4"),
+        ("qwen_image", ImageSpec(size=18), "needs multiples of 4"),
+        ("qwen_image", ImageSpec(size=16, mode="L"), "1 channels; the model takes 3"),
         ("z_image", ImageSpec(size=68), "17x17 patches; the positions of this Z-Image are for at "),
     ],
 )
@@ -816,6 +876,10 @@ def test_what_no_adapter_knows_is_refused(models: dict[str, Path], tmp_path: Pat
     copy = Path(shutil.copytree(models["sdxl"], tmp_path / "sdxl"))
     edit_config(copy / "unet", addition_embed_type="image")
     with pytest.raises(WeightsError, match="addition_embed_type 'image'; there are adapters for"):
+        load_backbone(find(copy), "meta")
+    copy = Path(shutil.copytree(models["qwen_image"], tmp_path / "qwen_image"))
+    edit_config(copy / "transformer", zero_cond_t=True, use_layer3d_rope=True)
+    with pytest.raises(WeightsError, match="with zero_cond_t and use_layer3d_rope, which is told"):
         load_backbone(find(copy), "meta")
     copy = Path(shutil.copytree(models["z_image"], tmp_path / "z_image"))
     edit_config(copy / "transformer", all_patch_size=[4])

@@ -21,6 +21,7 @@ from drl_data.testing import write_photo_tars
 from drl_data.tiny_models import (
     save_tiny_flux,
     save_tiny_pixart,
+    save_tiny_qwen_image,
     save_tiny_sana,
     save_tiny_sd3,
     save_tiny_sdxl,
@@ -38,6 +39,7 @@ MAKERS: dict[str, Callable[..., Path]] = {
     "sd3": save_tiny_sd3,
     "flux": save_tiny_flux,
     "z_image": save_tiny_z_image,
+    "qwen_image": save_tiny_qwen_image,
 }
 BLOCKS = dict.fromkeys(MAKERS, "transformer_blocks") | {"z_image": "layers"}
 WITH_TEXT = (
@@ -64,7 +66,7 @@ def time_of(backbone: Backbone, t: float) -> ScheduleSpec:
     return ScheduleSpec(convention="flow", timesteps=(t,))
 
 
-@pytest.mark.parametrize("family", ["sana", "sd3", "flux", "z_image"])
+@pytest.mark.parametrize("family", ["sana", "sd3", "flux", "z_image", "qwen_image"])
 def test_the_inventory_shows_what_a_tap_gives(models: dict[str, Path], family: str) -> None:
     meta = load(models[family], "meta")
     modules = {m.path: m for m in meta.modules(IMAGES, ConditionSpec())}

@@ -287,6 +287,19 @@ def test_the_first_refiner_takes_the_embedded_patches(backbone: Backbone) -> Non
         torch.testing.assert_close(got[:, :, y, x], embed(patch), rtol=1e-5, atol=1e-6)
 
 
+def test_adaln_is_the_modulation(backbone: Backbone) -> None:
+    block = "layers.1"
+    paths = [f"{block}@adaln.scale", f"{block}@adaln.scale_mlp", f"{block}.attention_norm1"]
+    paths += [f"{block}.attention@in", f"{block}.ffn_norm1", f"{block}@ff.in"]
+    at = ScheduleSpec(convention="flow", timesteps=(0.26,))
+    got = tapped(backbone, noisy(), at, backbone.conditioning(CAT), *paths)
+    scale, scale_mlp, norm1, attended, norm2, fed = got.values()
+    for factor, norm, want in ((scale, norm1, attended), (scale_mlp, norm2, fed)):
+        assert torch.equal(norm * (1 + factor[:, :, None, None]), want)
+    with pytest.raises(TapError, match=r"has the site adaln\.shift"):
+        backbone.resolve([TapSpec(path=f"{block}@adaln.shift")])
+
+
 def test_spans_skip_the_padding() -> None:
     streams = Streams(24, 30, text_first=False, multiple=32)
     assert streams.span(32, "image") == (0, 24)

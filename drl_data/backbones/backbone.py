@@ -57,6 +57,8 @@ class Posterior:
     channel_mean: Tensor | None = None
     """Statistics of the latents [c, 1, 1], where the VAE's configuration has them."""
     channel_std: Tensor | None = None
+    only_per_channel: bool = False
+    """Whether these statistics are the VAE's one scaling, without a factor (Qwen-Image)."""
 
     def latents(
         self, noise: Tensor | None, *, scale: bool | Literal["per_channel"] = True
@@ -71,8 +73,12 @@ class Posterior:
         """
         z = self.mean if self.std is None or noise is None else self.mean + self.std * noise
         is_pixels = self.std is None and (self.shift_factor, self.scaling_factor) == (0.0, 1.0)
-        if is_pixels or not scale:
+        if not scale or (is_pixels and not self.only_per_channel):
             return z
+        if self.only_per_channel:  # rounded as its pipeline rounds
+            assert self.channel_mean is not None
+            assert self.channel_std is not None
+            return (z - self.channel_mean) * (1 / self.channel_std)
         if scale != "per_channel":
             return (z - self.shift_factor) * self.scaling_factor
         if self.channel_mean is None or self.channel_std is None:
@@ -450,6 +456,8 @@ def arrange(x: Tensor, size: tuple[int, int]) -> tuple[Tensor, tuple[str, ...]]:
     Tokens [b, n, c] become a map if n is the number of patches of `size` (height and width of the
     denoiser's input) for some square patch; row-major, as every patchifying transformer does.
     """
+    if x.ndim == 5 and x.shape[2] == 1:  # one frame of a video's VAE
+        x = x[:, :, 0]
     if x.ndim == 4:
         return x, MAP
     if x.ndim == 2:

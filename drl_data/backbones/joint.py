@@ -27,6 +27,7 @@ JOINT_BLOCKS = (
     "JointTransformerBlock",
     "FluxTransformerBlock",
     "FluxSingleTransformerBlock",
+    "QwenImageTransformerBlock",
     "ZImageTransformerBlock",  # one stream in, one out
 )
 """Called with (image, text), they give (text, image) in diffusers 0.42."""

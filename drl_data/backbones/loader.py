@@ -279,6 +279,7 @@ def load_backbone(model: Model, device: str | torch.device) -> Backbone:
     from drl_data.backbones.adm import GUIDED_DIFFUSION, load_guided_diffusion
     from drl_data.backbones.encoder import EncoderBackbone
     from drl_data.backbones.joint import FluxBackbone, SD3Backbone
+    from drl_data.backbones.qwen_image import QwenImageBackbone
     from drl_data.backbones.transformer import DiTBackbone, PixArtBackbone, SanaBackbone
     from drl_data.backbones.unet import PixelUNetBackbone, load_latent_unet
     from drl_data.backbones.z_image import ZImageBackbone
@@ -292,6 +293,7 @@ def load_backbone(model: Model, device: str | torch.device) -> Backbone:
         "FluxTransformer2DModel": FluxBackbone.load,
         "SanaTransformer2DModel": SanaBackbone.load,
         "ZImageTransformer2DModel": ZImageBackbone.load,
+        "QwenImageTransformer2DModel": QwenImageBackbone.load,
         GUIDED_DIFFUSION: load_guided_diffusion,
         ENCODER: EncoderBackbone.load,
     }
@@ -361,9 +363,9 @@ def load_component(
 
 
 def placed(network: nn.Module, device: torch.device) -> nn.Module:
-    """The module frozen and on its device; channels_last on a GPU."""
+    """The module frozen and on its device; channels_last on a GPU, unless it convolves videos."""
     network = network.eval().requires_grad_(False).to(device)
-    if device.type == "cuda":
+    if device.type == "cuda" and all(weight.ndim < 5 for weight in network.parameters()):
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
 

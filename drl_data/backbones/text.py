@@ -28,6 +28,16 @@ PROMPT = "prompt_embeds"
 POOLED = "pooled_prompt_embeds"
 MASK = "prompt_attention_mask"
 
+QWEN_VL_TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, "
+    "quantity, text, spatial relationships of the objects and background:<|im_end|>\n"
+    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+"""What Qwen-Image asks (diffusers' QwenImagePipeline)."""
+QWEN_VL_DROPPED = 34
+"""Tokens of the instruction, which are left out."""
+QWEN_VL_LONGEST = 1024 + QWEN_VL_DROPPED
+
 
 @dataclass(frozen=True)
 class ClipStates:
@@ -105,14 +115,14 @@ class TextEncoders:
 
         return self._last(suffix, prompt, n_tokens, (GemmaTokenizer, Gemma2Model), masked=True)
 
-    def n_chat(self, suffix: str, prompt: str, n_tokens: int) -> int:
-        """Tokens that `chat` gives, counted without loading the encoder."""
+    def n_qwen3(self, suffix: str, prompt: str, n_tokens: int) -> int:
+        """Tokens that `qwen3` gives, counted without loading the encoder."""
         from transformers import Qwen2Tokenizer
 
         tokenizer = self._tokenizer(suffix, Qwen2Tokenizer)
         return int(self._chat_ids(tokenizer, prompt, n_tokens)[1].sum())
 
-    def chat(self, suffix: str, prompt: str, n_tokens: int) -> Tensor:
+    def qwen3(self, suffix: str, prompt: str, n_tokens: int) -> Tensor:
         """Qwen 3 (Yang et al. 2025) of a user's message in its chat template: the states [n, c] of
         the layer before the last, of at most `n_tokens` tokens and without the padding."""
         from transformers import Qwen2Tokenizer, Qwen3Model
@@ -124,6 +134,38 @@ class TextEncoders:
             out = encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True)
         states: Tensor = out.hidden_states[-2]
         return states[mask]
+
+    def n_qwen_vl(self, suffix: str, prompt: str, n_tokens: int) -> int:
+        """Tokens that `qwen_vl` gives, counted without loading the encoder."""
+        from transformers import Qwen2Tokenizer
+
+        ids = self._described_ids(self._tokenizer(suffix, Qwen2Tokenizer), prompt)
+        return min(ids.shape[1] - QWEN_VL_DROPPED, n_tokens)
+
+    def qwen_vl(self, suffix: str, prompt: str, n_tokens: int) -> Tensor:
+        """Qwen 2.5 VL (Bai et al. 2025) asked to describe a prompt: its last states [n, c], of at
+        most `n_tokens` tokens, without those of the instruction."""
+        from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+        tokenizer, encoder = self._load(suffix, Qwen2Tokenizer, Qwen2_5_VLForConditionalGeneration)
+        ids = self._described_ids(tokenizer, prompt).to(self._device)
+        with torch.no_grad():
+            out = encoder(
+                input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True
+            )
+        states: Tensor = out.hidden_states[-1]
+        return states[0, QWEN_VL_DROPPED:][:n_tokens]
+
+    @staticmethod
+    def _described_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
+        """Ids [1, n]."""
+        ids: Tensor = tokenizer(
+            QWEN_VL_TEMPLATE.format(prompt),
+            max_length=QWEN_VL_LONGEST,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        return ids
 
     @staticmethod
     def _chat_ids(

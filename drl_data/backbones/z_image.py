@@ -82,10 +82,10 @@ class ZImageBackbone(JointTransformer):
         return {PROMPT: (n_tokens, self.network.config.cap_feat_dim), MASK: (n_tokens,)}
 
     def n_prompt_tokens(self, prompt: str) -> int:
-        return self.text.n_chat("", prompt, N_TOKENS)
+        return self.text.n_qwen3("", prompt, N_TOKENS)
 
     def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
-        states = self.text.chat("", prompt, N_TOKENS)
+        states = self.text.qwen3("", prompt, N_TOKENS)
         return {PROMPT: states, MASK: torch.ones(len(states), dtype=torch.int64)}
 
     def streams(self, x: Tensor, kwargs: Mapping[str, Tensor]) -> Streams:
