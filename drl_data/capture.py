@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from drl_data.attention import AttentionWatch, Operand
 from drl_data.errors import TapError
 from drl_data.reduce import PROBABILITIES, at_source, reduce
+from drl_data.tap_sites import is_text
 from drl_data.taps import ResolvedTap
 
 OPERANDS: Mapping[str, Operand] = {"attn.query": "query", "attn.key": "key"}
@@ -31,14 +32,16 @@ MAX_PREFIX_TOKENS = 16
 class Streams:
     """Tokens of a transformer that has more than the image's, and where they lie.
 
-    Of a joint transformer `n_text` are the text's, and `text_first` says which kind comes first
-    where both are in one tensor. An encoder has None: whatever is before its patches, the class
-    token first.
+    Of a joint transformer `n_text` are the text's (of the longest in the batch), and `text_first`
+    says which kind comes first where both are in one tensor. An encoder has None: whatever is
+    before its patches, the class token first.
     """
 
     n_image: int
     n_text: int | None
     text_first: bool = True
+    multiple: int = 1
+    """Each kind is padded behind to a multiple of so many tokens, which are nobody's."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -46,9 +49,23 @@ class Streams:
         return ("patches", "cls", "prefix") if self.n_text is None else ("image", "text")
 
     def holds(self, n_tokens: int) -> bool:
-        """Whether so many tokens are the image's with others."""
-        n_other = n_tokens - self.n_image
-        return 0 < n_other <= MAX_PREFIX_TOKENS if self.n_text is None else n_other == self.n_text
+        """Whether so many tokens are an encoder's patches with others before them."""
+        return self.n_text is None and 0 < n_tokens - self.n_image <= MAX_PREFIX_TOKENS
+
+    def span(self, n_tokens: int, kind: str) -> tuple[int, int] | None:
+        """(first, number) of the tokens of a kind among `n_tokens` that are all of this kind, or of
+        a joint transformer's both; None if they are neither."""
+        assert self.n_text is not None
+        wanted, other = self.n_image, self.n_text
+        if kind == "text":
+            wanted, other = other, wanted
+        before = other + -other % self.multiple
+        alone = wanted + -wanted % self.multiple
+        if n_tokens == alone:
+            return 0, wanted
+        if n_tokens != alone + before:
+            return None
+        return (0 if (kind == "text") == self.text_first else before), wanted
 
 
 class _LastTapReached(BaseException):  # a signal, not an error; nothing may catch it
@@ -163,10 +180,12 @@ def _hook(
     return module.register_forward_hook(after)
 
 
-def image_output(module: nn.Module, output: object, streams: Streams | None) -> Tensor | None:
+def image_output(
+    path: str, module: nn.Module, output: object, streams: Streams | None
+) -> Tensor | None:
     """What a tap on a module's output takes by default; None where there is no tensor."""
     found = _choose(output, (), streams, text_first=_gives_text_first(module))[0]
-    return None if found is None else _by_default(found, streams)
+    return None if found is None else _by_default(path, found, streams)
 
 
 def _gives_text_first(module: nn.Module) -> bool:
@@ -183,7 +202,7 @@ def _taker(
     kinds = [part for part in tap.parts if not part.startswith("heads[")]
     heads = [part for part in tap.parts if part.startswith("heads[")]
     if streams is not None and not kinds:
-        kinds = [streams.kinds[0]]
+        kinds = [_kind_of(tap.module, streams)]
 
     def keep(x: Tensor) -> Tensor:
         if heads:
@@ -239,7 +258,7 @@ def _choose(
     entries = tuple(value.values()) if isinstance(value, Mapping) else tuple(value)
     if by_position:
         entries, parts = entries[int(parts[0]) : int(parts[0]) + 1], parts[1:]
-    tensors = [entry for entry in entries if isinstance(entry, Tensor)]
+    tensors = [x for x in entries if isinstance(x, Tensor) and not x.is_complex()]  # no rotations
     if len(tensors) > 1 and streams is not None and streams.n_text is not None:
         text = "text" in parts
         n_tokens = streams.n_text if text else streams.n_image
@@ -254,7 +273,7 @@ def _apply_parts(
 ) -> Tensor:
     """Tokens of one stream, the class token, channels; by default the image's tokens."""
     if {"image", "text", "patches", "cls", "prefix"}.isdisjoint(parts):
-        x = _by_default(x, streams)
+        x = _by_default(tap.module, x, streams)
     for part in parts:
         if part.startswith("channels["):
             axis = -1 if x.ndim == 3 else 1
@@ -269,12 +288,19 @@ def _apply_parts(
     return x
 
 
-def _by_default(x: Tensor, streams: Streams | None) -> Tensor:
-    """The image's tokens where x holds others too."""
-    if streams is None or x.ndim != 3 or not streams.holds(x.shape[1]):
+def _kind_of(module: str, streams: Streams) -> str:
+    """The tokens that are meant at a module where a tap names none."""
+    return "text" if streams.n_text is not None and is_text(module) else streams.kinds[0]
+
+
+def _by_default(module: str, x: Tensor, streams: Streams | None) -> Tensor:
+    """The image's tokens where x holds others too; the text's of a module that sees only those."""
+    if streams is None or x.ndim != 3:
         return x
-    text_first = streams.n_text is None or streams.text_first
-    return x[:, -streams.n_image :] if text_first else x[:, : streams.n_image]
+    if streams.n_text is None:
+        return x[:, -streams.n_image :] if streams.holds(x.shape[1]) else x
+    span = streams.span(x.shape[1], _kind_of(module, streams))
+    return x if span is None else x.narrow(1, *span)
 
 
 def _stream(tap: ResolvedTap, x: Tensor, axis: int, kind: str, streams: Streams | None) -> Tensor:
@@ -296,18 +322,14 @@ def _stream(tap: ResolvedTap, x: Tensor, axis: int, kind: str, streams: Streams 
             "prefix": (0, n_prefix),
         }[kind]
         return x.narrow(axis, start, length)
-    n_wanted, n_other = streams.n_image, streams.n_text
-    if kind == "text":
-        n_wanted, n_other = n_other, n_wanted
-    if n == n_wanted:
-        return x
-    if n != n_wanted + n_other:
+    span = streams.span(n, kind)
+    if span is None:
+        wanted = streams.n_text if kind == "text" else streams.n_image
         raise TapError(
-            f"tap {tap.address}: {n} tokens; want {n_wanted} of {kind}, or {n_wanted + n_other} "
-            "with the other stream"
+            f"tap {tap.address}: {n} tokens; want {wanted} of {kind}, or "
+            f"{streams.n_image + streams.n_text} with the other stream"
         )
-    first = (kind == "text") == streams.text_first
-    return x.narrow(axis, 0 if first else n - n_wanted, n_wanted)
+    return x.narrow(axis, *span)
 
 
 def _describe(value: object) -> str:

@@ -298,6 +298,7 @@ def resolve_features(
     for condition in conditions[1:]:
         backbone.conditioning(condition)
     check_losses(taps, spec)
+    _check_lengths(backbone, taps, spec)
     inside = [tap for tap in taps if tap.site != LOSS]
     made = {
         array.name: array
@@ -332,6 +333,17 @@ def check_losses(taps: Sequence[ResolvedTap], spec: FeatureSpec) -> None:
         raise SpecError("tap loss: it has no reductions; reduce the table when it is read")
 
 
+def _check_lengths(backbone: Backbone, taps: Sequence[ResolvedTap], spec: FeatureSpec) -> None:
+    """Raise TapError for text tokens whose number each sample's own prompt decides."""
+    ragged = [tap for tap in taps if spec.condition.per_sample and backbone.is_ragged(tap)]
+    if ragged:
+        raise TapError(
+            f"tap {ragged[0].address}: this model does not pad prompts to one length, so that text "
+            "tokens of samples with prompts of their own make no array; tap image tokens, or tell "
+            "all samples one prompt"
+        )
+
+
 def loss_array(tap: ResolvedTap, spec: FeatureSpec) -> ArraySpec:
     """The table of a tap `loss`: [candidate, member] for each row and timestep."""
     return ArraySpec(
@@ -360,7 +372,7 @@ def _check_corruption(backbone: Backbone, spec: FeatureSpec, bank: Tensor | None
     noise_shape(spec.noise, shape)
     if bank is not None:
         noise_table(spec.noise, shape, len(spec.schedule.timesteps), bank)
-    if spec.latents.scale == "per_channel" or len(shape) == 4:  # videos' VAEs may have nothing else
+    if spec.latents.scale == "per_channel":
         frame = (1, spec.images.n_channels, *spec.images.size)
         pixels = torch.empty(frame, dtype=backbone.dtype, device=backbone.device)
         with torch.no_grad():

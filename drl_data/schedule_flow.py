@@ -39,12 +39,15 @@ class MakeSampler(Protocol):
 class FlowSchedule:
     """A straight path from image to noise; the network is told `time_scale` * t.
 
-    SD3 and Sana are told 1000 t; Flux is told t and multiplies by itself.
+    SD3 and Sana are told 1000 t; Flux is told t and multiplies by itself. Z-Image is told how clean
+    its input is, 1 - t.
     """
 
     time_scale: float = 1000.0
     make_sampler: MakeSampler | None = None
     """The scheduler that a spec counts the steps of."""
+    counts_from_noise: bool = False
+    """Whether the network is told `time_scale` * (1 - t) instead."""
 
     def for_tokens(self, n_tokens: int) -> FlowSchedule:
         """The same for an image of `n_tokens` tokens (Esser et al. 2024, section 5.3.2: more pixels
@@ -93,7 +96,8 @@ class FlowSchedule:
         t = shift * t / (1 + (shift - 1) * t)  # Esser et al. 2024, eq. 23
         # In float32, as diffusers' `scale_noise` does, to be bit-equal.
         sigma = torch.tensor(t, dtype=torch.float32)
-        return Step(float(sigma * self.time_scale), float(1.0 - sigma), float(sigma))
+        told = self._from_noise(1000 * sigma, 1000) if self.counts_from_noise else sigma
+        return Step(float(told * self.time_scale), float(1.0 - sigma), float(sigma))
 
     def _of_sampler(self, sampler: Sampler, step: Step) -> Step:
         """A scheduler's step, whose time runs to its number of timesteps."""
@@ -103,4 +107,14 @@ class FlowSchedule:
                 f"{step.sigma:.4g} are no flow's, which add up to 1; want one that this model was "
                 "made with, for example FlowMatchEulerDiscreteScheduler"
             )
-        return Step(step.time / sampler.n_timesteps * self.time_scale, step.alpha, step.sigma)
+        n = sampler.n_timesteps
+        if self.counts_from_noise:
+            told = float(self._from_noise(torch.tensor(step.time, dtype=torch.float32), n))
+        else:
+            told = step.time / n
+        return Step(told * self.time_scale, step.alpha, step.sigma)
+
+    @staticmethod
+    def _from_noise(time: Tensor, n: int) -> Tensor:
+        """1 - t for a scheduler's time n t, rounded as Z-Image's pipeline rounds it in float32."""
+        return (n - time) / n

@@ -293,7 +293,7 @@ class LatentSpec(Spec):
     `sample` draws from the posterior with per-sample noise, `mean` takes its mean (which is its
     mode). `scale: true` is (z - shift) * factor with the VAE's own numbers, `false` leaves it out
     (VPD does), `per_channel` is (z - mean_c) * factor / std_c with the statistics in the VAE's
-    configuration (Playground 2.5, Wan).
+    configuration (Playground 2.5), as does `true` where a VAE has no factor (Wan, Qwen-Image).
     """
 
     posterior: Literal["sample", "mean"] = "sample"

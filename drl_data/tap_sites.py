@@ -48,6 +48,12 @@ _MODULATIONS: Mapping[str, tuple[str, ...]] = {
     "AdaLayerNormContinuous": ("scale", "shift"),
     "LuminaRMSNormZero": ("scale", "gate", "scale_mlp", "gate_mlp"),
 }
+_MODULATION_LAYERS: Mapping[str, tuple[str, ...]] = {
+    "img_mod.1": _SIX,  # Qwen-Image
+    "adaLN_modulation.0": ("scale", "gate", "scale_mlp", "gate_mlp"),  # Z-Image, gates before tanh
+}
+"""The same where the block has a linear layer of its own for it, by its path in the block."""
+
 MODULATION_PARTS = tuple(dict.fromkeys(name for names in _MODULATIONS.values() for name in names))
 
 _PROJECTIONS: Mapping[str, tuple[str, ...]] = {
@@ -57,8 +63,28 @@ _PROJECTIONS: Mapping[str, tuple[str, ...]] = {
 }
 """Names of an attention's projections in diffusers and in transformers."""
 
-_FEED_FORWARDS = ("ff", "mlp", "feed_forward", "ffn")
+_TEXT_MODULES = frozenset(
+    {
+        *("context_embedder", "norm1_context", "norm2_context", "ff_context"),  # SD3, Flux
+        *("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k", "to_add_out"),
+        *("caption_projection", "caption_norm"),  # PixArt, Sana
+        *("cap_embedder", "context_refiner"),  # Z-Image
+        *("text_embedder", "text_proj"),  # Wan, CogVideoX
+        *("txt_norm", "txt_in", "txt_mod", "txt_norm1", "txt_norm2", "txt_mlp"),  # Qwen-Image
+    }
+)
+"""Modules that see text tokens only, by any component of their path."""
+
+_TEXT_PATHS = ("attn2.to_k", "attn2.to_v", "attn2.norm_k")
+"""Keys and values of cross-attention, which are the text's."""
+
+_FEED_FORWARDS = ("ff", "mlp", "feed_forward", "ffn", "img_mlp")
 _HEADS = ("heads", "num_heads", "num_attention_heads")
+
+
+def is_text(module: str) -> bool:
+    """Whether a module of a transformer, by its path, sees the text's tokens only."""
+    return not _TEXT_MODULES.isdisjoint(module.split(".")) or module.endswith(_TEXT_PATHS)
 
 
 def n_heads(module: nn.Module) -> int | None:
@@ -129,6 +155,11 @@ def _adaln(modules: Modules, module: str, parts: tuple[str, ...]) -> Place | Non
         if names is not None and isinstance(linear, nn.Linear):
             chosen = _chunk(names, parts, linear.out_features // len(names))
             return None if chosen is None else Place(f"{path}.linear", "out", chosen)
+    for path, names in _MODULATION_LAYERS.items():
+        linear = modules.get(f"{module}.{path}")
+        if isinstance(linear, nn.Linear):
+            chosen = _chunk(names, parts, linear.out_features // len(names))
+            return None if chosen is None else Place(f"{module}.{path}", "out", chosen)
     table = dict(modules[module].named_parameters(recurse=False)).get("scale_shift_table")
     if table is not None and table.shape[0] == len(_SIX):
         chosen = _chunk(_SIX, parts, table.shape[1])

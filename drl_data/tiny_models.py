@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from drl_data.errors import SpecError
+from drl_data.tiny_qwen import save_tiny_qwen3, save_tiny_qwen_vl
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -499,6 +500,67 @@ def save_tiny_autoencoder(folder: Path, *, seed: int = 0, **config: object) -> P
     return folder
 
 
+def save_tiny_z_image(
+    folder: Path, *, seed: int = 0, vae: Mapping[str, object] | None = None, **config: object
+) -> Path:
+    """The folder of a Z-Image pipeline: Qwen 3, tokens padded to multiples of 32."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
+
+    torch.manual_seed(seed)
+    network = ZImageTransformer2DModel(
+        **{
+            "in_channels": 16,
+            "dim": 32,
+            "n_layers": 3,
+            "n_refiner_layers": 1,
+            "n_heads": 2,
+            "n_kv_heads": 2,
+            "cap_feat_dim": 24,
+            "axes_dims": (4, 6, 6),
+            "axes_lens": (1024, 16, 16),
+            **config,
+        }
+    )
+    for pad in (network.x_pad_token, network.cap_pad_token):
+        torch.nn.init.normal_(pad)
+    network.save_pretrained(folder / "transformer")
+    _tiny_vae(16, vae, scaling_factor=0.3611, shift_factor=0.1159).save_pretrained(folder / "vae")
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
+    save_tiny_qwen3(folder)
+    return folder
+
+
+def save_tiny_qwen_image(folder: Path, *, seed: int = 0, **config: object) -> Path:
+    """The folder of a Qwen-Image pipeline: Qwen 2.5 VL, the VAE of videos."""
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImageTransformer2DModel,
+    )
+
+    torch.manual_seed(seed)
+    QwenImageTransformer2DModel(
+        **{
+            "in_channels": 64,
+            "out_channels": 16,
+            "num_layers": 3,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 24,
+            "axes_dims_rope": (4, 6, 6),
+            **config,
+        }
+    ).save_pretrained(folder / "transformer")
+    AutoencoderKLQwenImage(
+        base_dim=8, z_dim=16, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False]
+    ).save_pretrained(folder / "vae")
+    FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192
+    ).save_pretrained(folder / "scheduler")
+    save_tiny_qwen_vl(folder)
+    return folder
+
+
 def _tiny_vae(
     channels: int,
     config: Mapping[str, object] | None,
@@ -595,6 +657,8 @@ FAMILIES: Mapping[str, Callable[..., Path]] = {
     "wan": save_tiny_wan,
     "cogvideox": save_tiny_cogvideox,
     "autoencoder": save_tiny_autoencoder,
+    "z_image": save_tiny_z_image,
+    "qwen_image": save_tiny_qwen_image,
     **{name: partial(save_tiny_encoder, model_type=name) for name in TINY_ENCODERS},
 }
 """What `save_tiny` makes; encoders under transformers' names of their architectures."""

@@ -1,4 +1,4 @@
-"""SDXL, PixArt, Sana, SD3 and Flux against diffusers' own pipelines and plain calls of its modules.
+"""The families with text against diffusers' own pipelines and plain calls of its modules.
 
 Every comparison is exact: both sides run the same modules in float32 on the CPU.
 """
@@ -23,23 +23,30 @@ from diffusers import (
     FluxTransformer2DModel,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
+    AutoTokenizer,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     Gemma2Model,
     GemmaTokenizer,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3Model,
     T5EncoderModel,
     T5Tokenizer,
 )
@@ -66,9 +73,11 @@ from drl_data.tiny_models import (
     save_tiny_dit,
     save_tiny_flux,
     save_tiny_pixart,
+    save_tiny_qwen_image,
     save_tiny_sana,
     save_tiny_sd3,
     save_tiny_sdxl,
+    save_tiny_z_image,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -83,6 +92,8 @@ MAKERS: dict[str, Callable[..., Path]] = {
     "sana": save_tiny_sana,
     "sd3": save_tiny_sd3,
     "flux": save_tiny_flux,
+    "z_image": save_tiny_z_image,
+    "qwen_image": save_tiny_qwen_image,
 }
 TAPS = {
     "sdxl": ["mid_block", "up_blocks.0", "up_blocks.0.attentions.0.**.attn2.to_q"],
@@ -90,9 +101,18 @@ TAPS = {
     "sana": ["transformer_blocks.0", "transformer_blocks.1.ff@in"],
     "sd3": ["transformer_blocks.0", "transformer_blocks.1.attn@out.1", "transformer_blocks.2@in"],
     "flux": ["transformer_blocks.0", "single_transformer_blocks.0", "**.proj_mlp"],
+    "qwen_image": [
+        "transformer_blocks.0",
+        "transformer_blocks.1.txt_mlp",
+        "transformer_blocks.1@ff.in",
+    ],
+    "z_image": ["noise_refiner.0", "context_refiner.0", "layers.0", "layers.1.attention.to_k"],
 }
-PAST_THE_TAPS = dict.fromkeys(MAKERS, "proj_out") | {"sdxl": "conv_out"}
-FLOW = ("sana", "sd3", "flux")
+PAST_THE_TAPS = dict.fromkeys(MAKERS, "proj_out") | {
+    "sdxl": "conv_out",
+    "z_image": "all_final_layer.2-1",
+}
+FLOW = ("sana", "sd3", "flux", "z_image", "qwen_image")
 
 
 @pytest.fixture(scope="session")
@@ -260,12 +280,36 @@ def told_by_flux(path: Path) -> dict[str, Tensor]:
     }
 
 
+def told_by_z_image(path: Path) -> dict[str, Tensor]:
+    tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer")
+    encoder = Qwen3Model.from_pretrained(path / "text_encoder").eval()
+    vae = AutoencoderKL.from_pretrained(path / "vae")
+    pipeline = ZImagePipeline(None, vae, encoder, tokenizer, None)
+    (embeds,), _ = pipeline.encode_prompt(PROMPT, do_classifier_free_guidance=False)
+    return {
+        "encoder_hidden_states": embeds[None],
+        "encoder_attention_mask": torch.ones(1, len(embeds), dtype=torch.int64),
+    }
+
+
+def told_by_qwen_image(path: Path) -> dict[str, Tensor]:
+    tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer")
+    encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(path / "text_encoder").eval()
+    pipeline = QwenImagePipeline(None, None, encoder, tokenizer, None)
+    embeds, mask = pipeline.encode_prompt(PROMPT)
+    assert mask is None
+    shown = torch.ones(embeds.shape[:2], dtype=torch.int64)
+    return {"encoder_hidden_states": embeds, "encoder_hidden_states_mask": shown}
+
+
 TOLD: dict[str, Callable[[Path], dict[str, Tensor]]] = {
     "sdxl": told_by_sdxl,
     "pixart": told_by_pixart,
     "sana": told_by_sana,
     "sd3": told_by_sd3,
     "flux": told_by_flux,
+    "z_image": told_by_z_image,
+    "qwen_image": told_by_qwen_image,
 }
 
 
@@ -355,6 +399,7 @@ FILE_NAMES = {
     "text_embeds": "pooled_prompt_embeds",
     "pooled_projections": "pooled_prompt_embeds",
     "encoder_attention_mask": "prompt_attention_mask",
+    "encoder_hidden_states_mask": "prompt_attention_mask",
 }
 
 
@@ -547,6 +592,77 @@ def test_flux_equals_plain_diffusers_and_image_tokens_are_told_from_text(
 
 
 @torch.no_grad()
+def test_z_image_equals_plain_diffusers_and_image_tokens_are_told_from_text(
+    models: dict[str, Path], backbones: dict[str, Backbone]
+) -> None:
+    """Image and text are 24 and 30 tokens, each padded to 32."""
+    refiner, context, layer = "noise_refiner.0", "context_refiner.0", "layers.1"
+    got = denoise(
+        backbones["z_image"],
+        "z_image",
+        [refiner, context, layer, f"{layer}@out.text", f"{layer}.attention@in", "v"],
+    )
+    network = ZImageTransformer2DModel.from_pretrained(models["z_image"] / "transformer")
+    kept = hooked(network, refiner, context, layer, f"{layer}.attention_norm1")
+    network.get_submodule(f"{layer}.attention").register_forward_pre_hook(
+        lambda m, args: kept.update(attended=args[0])
+    )
+    (prompt,) = told_by_z_image(models["z_image"])["encoder_hidden_states"]
+    timestep = (1000 - torch.tensor([260.0, 260.0])) / 1000
+    x = latents_of(backbones["z_image"]).unsqueeze(2)
+    (output,) = network(list(x), timestep, [prompt, prompt], return_dict=False)
+    assert len(prompt) == 30
+    assert kept[refiner].shape[1] == kept[context].shape[1] == 32  # type: ignore[attr-defined]
+    joint = kept[layer]
+    assert isinstance(joint, Tensor)
+    assert joint.shape[1] == 64
+    assert torch.equal(got[refiner][0], as_map(kept[refiner], 4, 6))
+    assert torch.equal(got[context][0], kept[context][:, :30])  # type: ignore[index]
+    assert got[context][1] == ("token", "channel")
+    assert torch.equal(got[layer][0], as_map(joint, 4, 6))
+    assert torch.equal(got[f"{layer}-text"][0], joint[:, 32:62])
+    assert got[f"{layer}-text"][1] == ("token", "channel")
+    assert torch.equal(got[f"{layer}.attention-in"][0], as_map(kept["attended"], 4, 6))
+    assert torch.equal(got["v"][0], -torch.stack(output).squeeze(2))
+
+
+@torch.no_grad()
+def test_qwen_image_equals_plain_diffusers_and_image_tokens_are_told_from_text(
+    models: dict[str, Path], backbones: dict[str, Backbone]
+) -> None:
+    block, attention = "transformer_blocks.1", "transformer_blocks.1.attn"
+    taps = [block, f"{block}@out.text", f"{block}@in", attention, f"{attention}@out.text"]
+    taps += [f"{block}.txt_mlp", f"{block}@ff.in", "v"]
+    got = denoise(backbones["qwen_image"], "qwen_image", taps)
+    network = QwenImageTransformer2DModel.from_pretrained(models["qwen_image"] / "transformer")
+    kept = hooked(network, "transformer_blocks.0", block, attention, f"{block}.txt_mlp")
+    network.get_submodule(f"{block}.img_mlp").register_forward_pre_hook(
+        lambda m, args: kept.update(modulated=args[0])
+    )
+    told = told_by_qwen_image(models["qwen_image"])
+    (tokens,) = network(
+        QwenImagePipeline._pack_latents(latents_of(backbones["qwen_image"]), 2, 16, 8, 12),
+        encoder_hidden_states=told["encoder_hidden_states"].expand(2, -1, -1),
+        timestep=torch.tensor([260.0, 260.0]) / 1000,
+        img_shapes=[[(1, 4, 6)]] * 2,
+        return_dict=False,
+    )
+    (text, image), (attended, attended_text), (_, before) = (
+        kept[name] for name in (block, attention, "transformer_blocks.0")
+    )  # type: ignore[misc]
+    assert torch.equal(got[block][0], as_map(image, 4, 6))
+    assert torch.equal(got[f"{block}-text"][0], text)
+    assert torch.equal(got[f"{block}-in"][0], as_map(before, 4, 6))
+    assert torch.equal(got[attention][0], as_map(attended, 4, 6))
+    assert torch.equal(got[f"{attention}-text"][0], attended_text)
+    assert torch.equal(got[f"{block}.txt_mlp"][0], kept[f"{block}.txt_mlp"])
+    assert got[f"{block}.txt_mlp"][1] == ("token", "channel")
+    assert torch.equal(got[f"{block}-ff.in"][0], as_map(kept["modulated"], 4, 6))
+    unpacked = QwenImagePipeline._unpack_latents(tokens, 16, 24, 2)
+    assert torch.equal(got["v"][0], unpacked.squeeze(2))
+
+
+@torch.no_grad()
 def test_predictions_of_flow_models_are_latents(backbones: dict[str, Backbone]) -> None:
     """Flux puts out packed tokens; x0 and eps are where the straight path begins and ends."""
     for family in FLOW:
@@ -610,7 +726,9 @@ def test_a_tuple_layout_that_nobody_knows_is_refused() -> None:
     assert layout.arrange(tap, tokens[:, :5], text=False)[1] == ("token", "channel")
 
 
-@pytest.mark.parametrize(("family", "factor"), [("sd3", 1.5305), ("flux", 0.3611)])
+@pytest.mark.parametrize(
+    ("family", "factor"), [("sd3", 1.5305), ("flux", 0.3611), ("z_image", 0.3611)]
+)
 def test_latents_of_16_channels_are_shifted_and_scaled(
     models: dict[str, Path], backbones: dict[str, Backbone], family: str, factor: float
 ) -> None:
@@ -619,7 +737,7 @@ def test_latents_of_16_channels_are_shifted_and_scaled(
     with torch.no_grad():
         got = backbones[family].encode(pixels).latents(None)
         want = vae.encode(pixels).latent_dist.mean
-    shift = {"sd3": 0.0609, "flux": 0.1159}[family]
+    shift = {"sd3": 0.0609, "flux": 0.1159, "z_image": 0.1159}[family]
     assert got.shape == (2, 16, 8, 12)
     assert torch.equal(got, (want - shift) * factor)
 
@@ -766,6 +884,10 @@ def read_photos(path: Path) -> tuple[list[str], Tensor]:
         ("sd3", ImageSpec(size=36), "9x9 patches; the positions of this SD3 are for at most 8x8"),
         ("flux", ImageSpec(size=18), "needs multiples of 4"),
         ("flux", ImageSpec(size=16, mode="L"), "1 channels; the model takes 3"),
+        ("z_image", ImageSpec(size=18), "needs multiples of 4"),
+        ("qwen_image", ImageSpec(size=18), "needs multiples of 4"),
+        ("qwen_image", ImageSpec(size=16, mode="L"), "1 channels; the model takes 3"),
+        ("z_image", ImageSpec(size=68), "17x17 patches; the positions of this Z-Image are for at "),
     ],
 )
 def test_images_that_a_model_cannot_take_are_refused(
@@ -805,6 +927,17 @@ def test_what_no_adapter_knows_is_refused(models: dict[str, Path], tmp_path: Pat
     copy = Path(shutil.copytree(models["sdxl"], tmp_path / "sdxl"))
     edit_config(copy / "unet", addition_embed_type="image")
     with pytest.raises(WeightsError, match="addition_embed_type 'image'; there are adapters for"):
+        load_backbone(find(copy), "meta")
+    copy = Path(shutil.copytree(models["qwen_image"], tmp_path / "qwen_image"))
+    edit_config(copy / "transformer", zero_cond_t=True, use_layer3d_rope=True)
+    with pytest.raises(WeightsError, match="with zero_cond_t and use_layer3d_rope, which is told"):
+        load_backbone(find(copy), "meta")
+    copy = Path(shutil.copytree(models["z_image"], tmp_path / "z_image"))
+    edit_config(copy / "transformer", all_patch_size=[4])
+    with pytest.raises(WeightsError, match=r"patches of \[4\]; want one with 2 x 2 latents"):
+        load_backbone(find(copy), "meta")
+    edit_config(copy / "transformer", siglip_feat_dim=8)
+    with pytest.raises(WeightsError, match="Z-Image-Omni is told images beside the text"):
         load_backbone(find(copy), "meta")
     copy = Path(shutil.copytree(models["sana"], tmp_path / "sana"))
     edit_config(copy / "transformer", guidance_embeds=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,10 +23,12 @@ from drl_data.testing import write_photo_tars
 from drl_data.tiny_models import (
     save_tiny_flux,
     save_tiny_pixart,
+    save_tiny_qwen_image,
     save_tiny_sana,
     save_tiny_sd3,
     save_tiny_sdxl,
     save_tiny_stable_diffusion,
+    save_tiny_z_image,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,7 +40,10 @@ MAKERS: dict[str, Callable[..., Path]] = {
     "sana": save_tiny_sana,
     "sd3": save_tiny_sd3,
     "flux": save_tiny_flux,
+    "z_image": save_tiny_z_image,
+    "qwen_image": save_tiny_qwen_image,
 }
+BLOCKS = dict.fromkeys(MAKERS, "transformer_blocks") | {"z_image": "layers"}
 WITH_TEXT = (
     "FLUX.1-dev",
     "PixArt-XL-2-1024-MS",
@@ -61,11 +68,11 @@ def time_of(backbone: Backbone, t: float) -> ScheduleSpec:
     return ScheduleSpec(convention="flow", timesteps=(t,))
 
 
-@pytest.mark.parametrize("family", ["sana", "sd3", "flux"])
+@pytest.mark.parametrize("family", ["sana", "sd3", "flux", "z_image", "qwen_image"])
 def test_the_inventory_shows_what_a_tap_gives(models: dict[str, Path], family: str) -> None:
     meta = load(models[family], "meta")
     modules = {m.path: m for m in meta.modules(IMAGES, ConditionSpec())}
-    taps = meta.resolve([TapSpec(path="transformer_blocks.*")])
+    taps = meta.resolve([TapSpec(path=f"{BLOCKS[family]}.*")])
     (time,) = meta.schedule.resolve(time_of(meta, 0.5))
     arrays = meta.arrays(taps, IMAGES, ConditionSpec(), time, "float32")
     for array in arrays:
@@ -79,7 +86,7 @@ def test_tokens_by_name_are_refused_where_they_have_none(
     models: dict[str, Path], family: str
 ) -> None:
     meta = load(models[family], "meta")
-    block = "mid_block" if family == "sdxl" else "transformer_blocks.0"
+    block = "mid_block" if family == "sdxl" else f"{BLOCKS[family]}.0"
     taps = meta.resolve([TapSpec(path=f"{block}@out.cls")])
     convention = "ddpm_index" if family in ("sdxl", "pixart") else "flow"
     (time,) = meta.schedule.resolve(ScheduleSpec(convention=convention, timesteps=(0,)))
@@ -124,6 +131,40 @@ def test_bundled_configurations_have_an_adapter(name: str) -> None:
     assert inventory.flops > 1e11
     paths = {module.path for module in inventory.modules}
     assert paths & {"mid_block", "transformer_blocks.0"}
+
+
+EIGHTFOLD = {"block_out_channels": [8] * 4, "down_block_types": ["DownEncoderBlock2D"] * 4,
+             "up_block_types": ["UpDecoderBlock2D"] * 4}  # fmt: skip
+FULL_SIZE = {
+    # "6B" in the title of Z-Image's model card, "20B" in that of Qwen-Image
+    "z_image": ("ZImageTransformer2DModel", EIGHTFOLD, 6.15e9, (3840, 32, 64)),
+    "qwen_image": (
+        "QwenImageTransformer2DModel",
+        {"dim_mult": [1, 2, 4, 4], "temperal_downsample": [False, True, True]},
+        20.43e9,
+        (3072, 32, 64),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FULL_SIZE)
+def test_families_without_a_bundle_at_their_full_size(
+    models: dict[str, Path], tmp_path: Path, family: str
+) -> None:
+    """diffusers' defaults are the published networks; only the text encoder stays tiny."""
+    class_name, vae, n_parameters, shape = FULL_SIZE[family]
+    copy = Path(shutil.copytree(models[family], tmp_path / family))
+    config = json.dumps({"_class_name": class_name})
+    (copy / "transformer" / "config.json").write_text(config)
+    path = copy / "vae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | vae))
+    meta = load(copy, "meta")
+    assert sum(p.numel() for p in meta.network.parameters()) == pytest.approx(n_parameters, 1e-3)
+    (time,) = meta.schedule.resolve(time_of(meta, 0.5))
+    taps = meta.resolve([TapSpec(path=f"{BLOCKS[family]}.20"), TapSpec(path="v")])
+    block, v = meta.arrays(taps, ImageSpec(size=(512, 1024)), ConditionSpec(), time, "float16")
+    assert (block.dims, block.shape) == (("channel", "height", "width"), shape)
+    assert v.shape == (16, 64, 128)
 
 
 def test_other_weights_for_a_model_of_python_code_are_refused() -> None:

@@ -33,8 +33,8 @@ class Two(nn.Module):
         return h, self.last(h.mean((2, 3)))
 
 
-def image_of(module: nn.Module, output: object) -> Tensor | None:
-    return image_output(module, output, None)
+def image_of(path: str, module: nn.Module, output: object) -> Tensor | None:
+    return image_output(path, module, output, None)
 
 
 CONV = 2 * 2 * 3 * 9 * 64

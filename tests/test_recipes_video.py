@@ -54,13 +54,10 @@ def test_vidfm3d_wan(tmp_path: Path) -> None:
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
     z = vae.encode(run.video(Image.Resampling.LANCZOS)).latent_dist.mean
-    noisy = scheduler.add_noise((z - mean) / std, run.noise((16, 3, 4, 6)), t)
+    noisy = scheduler.add_noise((z - mean) * (1.0 / std), run.noise((16, 3, 4, 6)), t)
     kept = hooked(network, "blocks.20")
     network(noisy, timestep=t, encoder_hidden_states=text.expand(4, -1, -1))
     assert torch.equal(run.features("block20"), as_map(kept["blocks.20"], 3, 2, 3))
-
-    published = (z - mean) * (1.0 / std)  # another rounding
-    assert torch.allclose(published, (z - mean) / std, rtol=1e-6, atol=1e-7)
 
 
 def cogvideox_text(model: Path) -> Tensor:

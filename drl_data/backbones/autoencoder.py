@@ -79,7 +79,7 @@ class AutoencoderBackbone(Backbone):
             calls, total = trace(
                 self.vae,
                 lambda: self.encode(pixels),
-                select=lambda module, output: image_output(module, output, None),
+                select=lambda path, module, output: image_output(path, module, output, None),
             )
 
         def described(path: str, kind: str, output: Tensor, through: int) -> TappableModule:

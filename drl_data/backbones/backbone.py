@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from drl_data.capture import Streams, capture, image_output
@@ -68,29 +69,26 @@ class Posterior:
         """z = mean + std * noise, or the mean if `noise` is None; then scaled.
 
         `scale` is (z - shift) * factor, `per_channel` (z - channel mean) * factor / channel std as
-        in diffusers' pipelines of such VAEs.
+        in diffusers' pipelines of such VAEs; of a VAE without a factor both are (z - channel mean)
+        * (1 / channel std), rounded as its pipelines round.
 
         Raises:
-            SpecError: for `per_channel` without statistics, or `true` with nothing else.
+            SpecError: for `per_channel` without statistics.
         """
         z = self.mean if self.std is None or noise is None else self.mean + self.std * noise
         is_pixels = self.std is None and (self.shift_factor, self.scaling_factor) == (0.0, 1.0)
         if is_pixels or not scale:
             return z
-        if scale != "per_channel":
-            if self.scaling_factor is None:
-                raise SpecError(
-                    "latents.scale true: this VAE has no scaling factor, but statistics of each "
-                    "channel; use scale: per_channel"
-                )
+        if scale != "per_channel" and self.scaling_factor is not None:
             return (z - self.shift_factor) * self.scaling_factor
         if self.channel_mean is None or self.channel_std is None:
             raise SpecError(
                 "latents.scale per_channel: the configuration of this VAE has no latents_mean and "
                 "latents_std; use scale: true"
             )
-        factor = 1.0 if self.scaling_factor is None else self.scaling_factor
-        return (z - self.channel_mean) * factor / self.channel_std
+        if self.scaling_factor is None:
+            return (z - self.channel_mean) * (1 / self.channel_std)
+        return (z - self.channel_mean) * self.scaling_factor / self.channel_std
 
 
 @dataclass(frozen=True)
@@ -102,8 +100,10 @@ class Conditioning:
 
     @classmethod
     def stack(cls, rows: Sequence[Conditioning]) -> Conditioning:
-        """The conditioning of a batch from that of each of its samples."""
-        return cls({k: torch.cat([row.kwargs[k] for row in rows]) for k in rows[0].kwargs})
+        """The conditioning of a batch from that of each of its samples; shorter texts are padded
+        behind with zeros, as is the mask that hides them."""
+        told = {k: [row.kwargs[k] for row in rows] for k in rows[0].kwargs}
+        return cls({k: torch.cat(_equally_long(tensors)) for k, tensors in told.items()})
 
     def to(self, device: torch.device) -> Conditioning:
         """The same on another device."""
@@ -190,6 +190,10 @@ class Backbone(ABC):
         """How the image's tokens lie among others inside the network, for its input x [b, c, h, w]
         and what it is told; None where no tensor holds other tokens."""
         return None
+
+    def is_ragged(self, tap: ResolvedTap) -> bool:
+        """Whether a tap has as many tokens as the prompt, in a model that pads none to a length."""
+        return False
 
     def resolve(self, taps: Sequence[TapSpec]) -> tuple[ResolvedTap, ...]:
         """The taps of a spec against the modules of this model and of its VAE, under whichever of
@@ -414,7 +418,7 @@ class Backbone(ABC):
             calls, total = trace(
                 self.network,
                 lambda: self.forward(x, time, told),
-                select=lambda module, output: image_output(module, output, streams),
+                select=lambda path, module, output: image_output(path, module, output, streams),
             )
         size = tuple(x.shape[2:])
 
@@ -496,6 +500,8 @@ def arrange(x: Tensor, size: tuple[int, ...]) -> tuple[Tensor, tuple[str, ...]]:
     Tokens [b, n, c] become a map if n is the number of patches of `size` (height and width of the
     denoiser's input) for some square patch; row-major, as every patchifying transformer does.
     """
+    if x.ndim == 5 and x.shape[2] == 1:  # one frame of a video's VAE
+        x = x[:, :, 0]
     if x.ndim in (4, 5):
         return x, map_dims(x)
     if x.ndim == 2:
@@ -511,6 +517,14 @@ def arrange(x: Tensor, size: tuple[int, ...]) -> tuple[Tensor, tuple[str, ...]]:
             side = (height // patch, width // patch)
             return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], *side), MAP
     return x, TOKENS
+
+
+def _equally_long(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors [1, n, ...], n the largest of theirs; vectors [1] stay."""
+    if tensors[0].ndim < 2:
+        return list(tensors)
+    n = max(x.shape[1] for x in tensors)
+    return [F.pad(x, (0, 0) * (x.ndim - 2) + (0, n - x.shape[1])) for x in tensors]
 
 
 def check_images(images: ImageSpec, n_channels: int, multiple: int) -> None:

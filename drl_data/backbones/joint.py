@@ -13,18 +13,25 @@ from drl_data.backbones.latent import LatentTextBackbone
 from drl_data.backbones.loader import ModelFolder, load_flow_schedule, load_network
 from drl_data.backbones.samplers import FLUX_SHIFT, SD3_SHIFT
 from drl_data.backbones.text import POOLED, PROMPT, TextEncoders
-from drl_data.backbones.tokens import TokenLayout, is_text
+from drl_data.backbones.tokens import TokenLayout
 from drl_data.backbones.vae import latent_shape, load_vae
 from drl_data.capture import Streams
 from drl_data.errors import SpecError
 from drl_data.schedule_flow import FlowSchedule
 from drl_data.spec import ConditionSpec, ImageSpec
+from drl_data.tap_sites import is_text
 from drl_data.taps import ResolvedTap
 
 if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
-JOINT_BLOCKS = ("JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock")
+JOINT_BLOCKS = (
+    "JointTransformerBlock",
+    "FluxTransformerBlock",
+    "FluxSingleTransformerBlock",
+    "QwenImageTransformerBlock",
+    "ZImageTransformerBlock",  # one stream in, one out
+)
 """Called with (image, text), they give (text, image) in diffusers 0.42."""
 JOINT_ATTENTIONS = ("Attention", "FluxAttention")
 """Called with (image, text), they give (image, text)."""
@@ -44,11 +51,13 @@ class JointTransformer(LatentTextBackbone):
 
     TEXT_FIRST: ClassVar[bool]
     """Whether text tokens come before the image's where one tensor holds both."""
-    T5_TOKENS: ClassVar[int]
-    """T5's tokens where the condition does not say how many."""
+    T5_TOKENS: ClassVar[int] = 0
+    """T5's tokens where the condition does not say how many; 0 without a T5."""
+    RAGGED_TEXT: ClassVar[bool] = False
+    """Whether prompts are not padded to one length."""
 
     def extras(self) -> tuple[str, ...]:
-        return ("t5_tokens", "t5")
+        return ("t5_tokens", "t5") if self.T5_TOKENS else ()
 
     def n_t5_tokens(self, spec: ConditionSpec) -> int:
         """T5's tokens, or zeros in their place."""
@@ -57,6 +66,13 @@ class JointTransformer(LatentTextBackbone):
     def schedule_for(self, images: ImageSpec) -> FlowSchedule:
         _, height, width = self.input_shape(images)
         return self.schedule.for_tokens((height // PATCH) * (width // PATCH))
+
+    def is_ragged(self, tap: ResolvedTap) -> bool:
+        if not self.RAGGED_TEXT or tap.is_timeless or not tap.module:
+            return False
+        if tap.site == "attn.probs":
+            return [part for part in tap.parts if part in ("image", "text")] != ["image", "image"]
+        return is_text(tap.module) or self._is_text_part(tap)
 
     def streams(self, x: Tensor, kwargs: Mapping[str, Tensor]) -> Streams:
         n_image = (x.shape[-2] // PATCH) * (x.shape[-1] // PATCH)

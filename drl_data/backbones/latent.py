@@ -17,13 +17,13 @@ from drl_data.schedule import Schedule
 from drl_data.spec import ConditionSpec
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderDC, AutoencoderKL
+    from drl_data.backbones.vae import VAE
 
 
 class LatentTextBackbone(Backbone):
     """A denoiser of VAE latents that takes text; families say which text, and how it is called."""
 
-    vae: AutoencoderKL | AutoencoderDC
+    vae: VAE
     text: TextEncoders
 
     TOLD: ClassVar[Mapping[str, str]]
@@ -34,7 +34,7 @@ class LatentTextBackbone(Backbone):
         network: nn.Module,
         schedule: Schedule,
         device: torch.device,
-        vae: AutoencoderKL | AutoencoderDC,
+        vae: VAE,
         text: TextEncoders,
     ) -> None:
         super().__init__(network, schedule, device)

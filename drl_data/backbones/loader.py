@@ -53,7 +53,7 @@ LEGACY_CLASSES = {
     "ada_norm_single": "PixArtTransformer2DModel",
 }
 """What a `Transformer2DModel` of an old repository is now, by its norm_type."""
-_SIDE_FILES = (".json", ".safetensors", ".txt", ".model")
+_SIDE_FILES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 _NOT_READ = ("training.json", "source.json")
 _TO_SAFETENSORS = (
     'python -c "import torch, safetensors.torch as s; s.save_file({k: v.contiguous() for k, v in '
@@ -295,9 +295,11 @@ def load_backbone(model: Model, device: str | torch.device) -> Backbone:
     from drl_data.backbones.autoencoder import AutoencoderBackbone
     from drl_data.backbones.encoder import EncoderBackbone
     from drl_data.backbones.joint import FluxBackbone, SD3Backbone
+    from drl_data.backbones.qwen_image import QwenImageBackbone
     from drl_data.backbones.transformer import DiTBackbone, PixArtBackbone, SanaBackbone
     from drl_data.backbones.unet import PixelUNetBackbone, load_latent_unet
     from drl_data.backbones.video import CogVideoXBackbone, WanBackbone
+    from drl_data.backbones.z_image import ZImageBackbone
 
     families: dict[str, Callable[[ModelFolder, torch.device], Backbone]] = {
         "UNet2DModel": PixelUNetBackbone.load,
@@ -309,6 +311,8 @@ def load_backbone(model: Model, device: str | torch.device) -> Backbone:
         "SanaTransformer2DModel": SanaBackbone.load,
         "WanTransformer3DModel": WanBackbone.load,
         "CogVideoXTransformer3DModel": CogVideoXBackbone.load,
+        "ZImageTransformer2DModel": ZImageBackbone.load,
+        "QwenImageTransformer2DModel": QwenImageBackbone.load,
         GUIDED_DIFFUSION: load_guided_diffusion,
         "AutoencoderKL": AutoencoderBackbone.load,
         "AutoencoderDC": AutoencoderBackbone.load,
@@ -421,15 +425,21 @@ def load_schedule(folder: ModelFolder) -> Schedule:
 
 
 def load_flow_schedule(
-    folder: ModelFolder, time_scale: float = 1000.0, shift: DynamicShift | None = None
+    folder: ModelFolder,
+    time_scale: float = 1000.0,
+    shift: DynamicShift | None = None,
+    *,
+    counts_from_noise: bool = False,
 ) -> FlowSchedule:
-    """The schedule of a flow model whose network is told `time_scale` * t, whatever scheduler lies
-    beside it; that one's steps can be counted, shifted as `shift` says if it shifts by size."""
+    """The schedule of a flow model whose network is told `time_scale` * t, or 1 - t, whatever
+    scheduler lies beside it; that one's steps can be counted, shifted as `shift` says if it shifts
+    by size."""
     path = _scheduler_folder(folder)
     if path is None:
-        return FlowSchedule(time_scale)
+        return FlowSchedule(time_scale, counts_from_noise=counts_from_noise)
     config = _scheduler_config(folder, path)
-    return FlowSchedule(time_scale, partial(DiffusersSampler.of, config, shift=shift))
+    make_sampler = partial(DiffusersSampler.of, config, shift=shift)
+    return FlowSchedule(time_scale, make_sampler, counts_from_noise)
 
 
 def _scheduler_folder(folder: ModelFolder) -> Path | None:

@@ -1,4 +1,4 @@
-"""Text encoders beside a denoiser (CLIP, T5, Gemma), and files with what they would give.
+"""Text encoders beside a denoiser (CLIP, T5, Gemma, Qwen), and files with what they would give.
 
 One prompt at a time, so that an embedding does not depend on what is encoded with it, and in
 float32 whatever the precision of the denoiser. Batches would change the bits: a product with one
@@ -32,6 +32,16 @@ if TYPE_CHECKING:
 PROMPT = "prompt_embeds"
 POOLED = "pooled_prompt_embeds"
 MASK = "prompt_attention_mask"
+
+QWEN_VL_TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, "
+    "quantity, text, spatial relationships of the objects and background:<|im_end|>\n"
+    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+"""What Qwen-Image asks (diffusers' QwenImagePipeline)."""
+QWEN_VL_DROPPED = 34
+"""Tokens of the instruction, which are left out."""
+QWEN_VL_LONGEST = 1024 + QWEN_VL_DROPPED
 
 
 @dataclass(frozen=True)
@@ -116,6 +126,74 @@ class TextEncoders:
 
         return self._last(suffix, prompt, n_tokens, (GemmaTokenizer, Gemma2Model), masked=True)
 
+    def n_qwen3(self, suffix: str, prompt: str, n_tokens: int) -> int:
+        """Tokens that `qwen3` gives, counted without loading the encoder."""
+        from transformers import Qwen2Tokenizer
+
+        tokenizer = self._tokenizer(suffix, Qwen2Tokenizer)
+        return int(self._chat_ids(tokenizer, prompt, n_tokens)[1].sum())
+
+    def qwen3(self, suffix: str, prompt: str, n_tokens: int) -> Tensor:
+        """Qwen 3 (Yang et al. 2025) of a user's message in its chat template: the states [n, c] of
+        the layer before the last, of at most `n_tokens` tokens and without the padding."""
+        from transformers import Qwen2Tokenizer, Qwen3Model
+
+        tokenizer, encoder = self._load(suffix, Qwen2Tokenizer, Qwen3Model)
+        ids, mask = self._chat_ids(tokenizer, prompt, n_tokens)
+        ids, mask = ids.to(self._device), mask.to(self._device)
+        with torch.no_grad():
+            out = encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        states: Tensor = out.hidden_states[-2]
+        return states[mask]
+
+    def n_qwen_vl(self, suffix: str, prompt: str, n_tokens: int) -> int:
+        """Tokens that `qwen_vl` gives, counted without loading the encoder."""
+        from transformers import Qwen2Tokenizer
+
+        ids = self._described_ids(self._tokenizer(suffix, Qwen2Tokenizer), prompt)
+        return min(ids.shape[1] - QWEN_VL_DROPPED, n_tokens)
+
+    def qwen_vl(self, suffix: str, prompt: str, n_tokens: int) -> Tensor:
+        """Qwen 2.5 VL (Bai et al. 2025) asked to describe a prompt: its last states [n, c], of at
+        most `n_tokens` tokens, without those of the instruction."""
+        from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+        tokenizer, encoder = self._load(suffix, Qwen2Tokenizer, Qwen2_5_VLForConditionalGeneration)
+        ids = self._described_ids(tokenizer, prompt).to(self._device)
+        with torch.no_grad():
+            out = encoder(
+                input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True
+            )
+        states: Tensor = out.hidden_states[-1]
+        return states[0, QWEN_VL_DROPPED:][:n_tokens]
+
+    @staticmethod
+    def _described_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
+        """Ids [1, n]."""
+        ids: Tensor = tokenizer(
+            QWEN_VL_TEMPLATE.format(prompt),
+            max_length=QWEN_VL_LONGEST,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        return ids
+
+    @staticmethod
+    def _chat_ids(
+        tokenizer: PreTrainedTokenizerBase, prompt: str, n_tokens: int
+    ) -> tuple[Tensor, Tensor]:
+        """Ids and mask, [1, n_tokens] each."""
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=True,
+        )
+        tokens = tokenizer(
+            text, padding="max_length", max_length=n_tokens, truncation=True, return_tensors="pt"
+        )
+        return tokens.input_ids, tokens.attention_mask.bool()
+
     @property
     def n_loaded(self) -> int:
         """Encoders in memory."""
@@ -155,14 +233,18 @@ class TextEncoders:
             from transformers.utils.logging import disable_progress_bar
 
             disable_progress_bar()  # of loading one small file
-            tokenizer_path, encoder_path = self.paths(suffix)
-            with weights_errors(self._folder, tokenizer_path):
-                tokenizer = tokenizer_class.from_pretrained(  # type: ignore[attr-defined]
-                    tokenizer_path, local_files_only=True
-                )
-            encoder = load_component(self._folder, encoder_path, encoder_class).eval()
+            tokenizer = self._tokenizer(suffix, tokenizer_class)
+            encoder = load_component(self._folder, self.paths(suffix)[1], encoder_class).eval()
             self._loaded[suffix] = tokenizer, encoder.to(self._device)
         return self._loaded[suffix]
+
+    def _tokenizer(self, suffix: str, tokenizer_class: type) -> PreTrainedTokenizerBase:
+        path = self.paths(suffix)[0]
+        with weights_errors(self._folder, path):
+            tokenizer: PreTrainedTokenizerBase = tokenizer_class.from_pretrained(  # type: ignore[attr-defined]
+                path, local_files_only=True
+            )
+        return tokenizer
 
 
 def read_embeddings(path: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from drl_data.backbones.loader import (
     load_schedule,
 )
 from drl_data.backbones.text import MASK, PROMPT, TextEncoders
-from drl_data.backbones.tokens import TokenLayout, is_text
+from drl_data.backbones.tokens import TokenLayout
 from drl_data.backbones.vae import (
     decode_latents,
     encode_latents,
@@ -28,6 +28,7 @@ from drl_data.backbones.vae import (
 from drl_data.errors import SpecError, WeightsError
 from drl_data.schedule import Schedule
 from drl_data.spec import ConditionSpec, ImageSpec
+from drl_data.tap_sites import is_text
 from drl_data.taps import ResolvedTap
 
 if TYPE_CHECKING:

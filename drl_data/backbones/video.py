@@ -23,11 +23,12 @@ from drl_data.backbones.loader import (
     load_schedule,
 )
 from drl_data.backbones.text import PROMPT, TextEncoders
-from drl_data.backbones.tokens import TokenLayout, is_text
+from drl_data.backbones.tokens import TokenLayout
 from drl_data.backbones.vae import load_autoencoder
 from drl_data.capture import Streams
 from drl_data.errors import SpecError, TapError, WeightsError
 from drl_data.spec import ConditionSpec, ImageSpec, TapSpec
+from drl_data.tap_sites import is_text
 from drl_data.taps import VAE, ResolvedTap
 
 if TYPE_CHECKING:
