@@ -21,10 +21,11 @@ import torch
 from drl_data.buckets import split_into_buckets
 from drl_data.extract import make_task
 from drl_data.index import build_index
+from drl_data.pipeline import Pipeline, StoreSpec
 from drl_data.recipes import find_recipe, recipe_names
 from drl_data.rehearse import rehearsal
 from drl_data.runs import prepare, required_sections
-from drl_data.spec import NumericSpec, Pipeline, StoreSpec
+from drl_data.spec import NumericSpec
 from drl_data.store import FeatureStore
 
 LIMIT = 1e-3

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from drl_data.extract import ExtractTask, make_task
     from drl_data.fitting import pixel_map
     from drl_data.index import SampleIndex, build_index
+    from drl_data.pipeline import Pipeline
     from drl_data.plan import Unit, estimate, plan_units
     from drl_data.runs import extract, prepare
-    from drl_data.spec import FeatureSpec, Pipeline
+    from drl_data.spec import FeatureSpec
     from drl_data.store import FeatureStore
 
 _HOME = {

@@ -22,8 +22,8 @@ from drl_data.errors import ImageError, ObjectNotFoundError, SpecError
 from drl_data.images import displayed_size
 from drl_data.index import SampleIndex
 from drl_data.objects import Buffer, Folder, open_parent
+from drl_data.pipeline import Pipeline, StoreSpec
 from drl_data.progress import SILENT, Progress
-from drl_data.spec import Pipeline, StoreSpec
 from drl_data.tar import GzipSource
 from drl_data.urls import missing
 

@@ -21,11 +21,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from drl_data.errors import DrlDataError, SpecError, UserError
-from drl_data.spec import Pipeline, StoreSpec
+from drl_data.pipeline import Pipeline, StoreSpec
 
 if TYPE_CHECKING:
+    from drl_data.diffusion_spec import ConditionSpec
     from drl_data.runs import Prepared, RunSummary
-    from drl_data.spec import ConditionSpec
     from drl_data.store import FeatureStore
 
 S = TypeVar("S")

@@ -16,10 +16,10 @@ import pyarrow.compute as pc
 import torch
 
 from drl_data.backbones import Backbone, Conditioning
+from drl_data.diffusion_spec import ConditionSpec
 from drl_data.errors import SpecError
 from drl_data.index import SampleIndex
 from drl_data.plan import InvalidRow
-from drl_data.spec import ConditionSpec
 
 CACHE_BYTES = 8 << 30
 """Host memory of one worker for what its samples are told: ImageNet's classes by T5 need half."""

@@ -12,12 +12,12 @@ from PIL import Image
 from drl_data.backbones import ModelFolder
 from drl_data.digits import write_digits
 from drl_data.errors import ExecutionError
+from drl_data.pipeline import Pipeline
 from drl_data.pretrain import sample
 from drl_data.progress import Progress
 from drl_data.recipes import find_recipe
 from drl_data.report import write_report
 from drl_data.runs import extract, required_sections
-from drl_data.spec import Pipeline
 from drl_data.tasks.distill import format_table as distill_table
 from drl_data.tasks.distill import run_distill
 from drl_data.tasks.probe import format_table as probe_table

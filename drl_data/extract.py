@@ -26,6 +26,7 @@ from torch import Tensor
 
 from drl_data.backbones import Backbone, Model, find_model, load_backbone
 from drl_data.conditions import SampleConditions
+from drl_data.diffusion_spec import ConditionSpec
 from drl_data.errors import FeatureError, SpecError, StoreMismatchError, TapError
 from drl_data.features import FeatureComputer
 from drl_data.fits import fitted
@@ -33,6 +34,7 @@ from drl_data.flops import FeatureFlops
 from drl_data.images import ImageBatch, read_batches
 from drl_data.noise import noise_shape, noise_table
 from drl_data.noise_bank import bank_digest, read_bank
+from drl_data.pipeline import RunSpec
 from drl_data.plan import InvalidRow, Unit
 from drl_data.quantise import (
     COMPANIONS,
@@ -44,16 +46,8 @@ from drl_data.quantise import (
 )
 from drl_data.receipts import Damage, Receipt, RunRecord, UnitCounts
 from drl_data.schedule import NoSchedule, resolve_times
-from drl_data.spec import (
-    ArraySpec,
-    BackboneSpec,
-    ConditionSpec,
-    FeatureSpec,
-    ImageSpec,
-    ResolvedTime,
-    RunSpec,
-    file_digest,
-)
+from drl_data.spec import ArraySpec, BackboneSpec, FeatureSpec, ImageSpec, ResolvedTime
+from drl_data.spec_base import file_digest
 from drl_data.store import FeatureStore
 from drl_data.tap_sites import LOSS
 from drl_data.taps import ResolvedTap

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from drl_data.backbones import Backbone, Conditioning
+from drl_data.diffusion_spec import NoiseSpec
 from drl_data.noise import batch_noise, noise_table
 from drl_data.schedule import NoiseSchedule, corrupt, ddim_step, inversion_times, mask_patches
-from drl_data.spec import FeatureSpec, NoiseSpec, ResolvedTime
+from drl_data.spec import FeatureSpec, ResolvedTime
 from drl_data.tap_reducer import Fits, TapReducer
 from drl_data.tap_sites import LOSS
 from drl_data.taps import ResolvedTap

@@ -19,11 +19,11 @@ from drl_data.errors import FeatureError, InputError, ObjectNotFoundError, Store
 from drl_data.features import FeatureComputer
 from drl_data.images import ImageBatch, read_batches
 from drl_data.moments import Moments
+from drl_data.pipeline import RunSpec
 from drl_data.plan import Unit
 from drl_data.receipts import fit_path
 from drl_data.reduce import Pca, pca_of
 from drl_data.shards import crc32c
-from drl_data.spec import RunSpec
 from drl_data.store import FeatureStore
 from drl_data.tap_reducer import Fits
 from drl_data.taps import ResolvedTap

@@ -24,7 +24,8 @@ from pydantic import JsonValue
 from drl_data.errors import InputError, ObjectNotFoundError
 from drl_data.objects import Folder, open_parent
 from drl_data.progress import SILENT, Progress
-from drl_data.spec import DatasetSpec, canonical_json
+from drl_data.spec import DatasetSpec
+from drl_data.spec_base import canonical_json
 from drl_data.tar import GzipSource, Member, RangedSource, open_source, walk_files
 from drl_data.urls import expand_urls as expand_urls
 from drl_data.urls import missing

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from drl_data.datasets import FeatureStream
 from drl_data.errors import SpecError
+from drl_data.pipeline import ProbeSpec
 from drl_data.selection import Rows, select
-from drl_data.spec import ArraySpec, ProbeSpec
+from drl_data.spec import ArraySpec
 from drl_data.splits import is_validation, require_two_splits
 from drl_data.store import FeatureStore
 

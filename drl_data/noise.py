@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from drl_data.diffusion_spec import NoiseSpec
 from drl_data.errors import SpecError
-from drl_data.spec import NoiseSpec
 
 
 def draw_normal(shape: Sequence[int], *parts: str | int | float) -> np.ndarray:

@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from drl_data.diffusion_spec import NoiseSpec
 from drl_data.errors import ObjectError, SpecError
 from drl_data.objects import Buffer, open_parent
-from drl_data.spec import NoiseSpec
 
 SUFFIXES = (".npy", ".safetensors", ".pt", ".pth")
 

@@ -30,9 +30,11 @@ from drl_data.errors import ObjectNotFoundError, SpecError, WeightsError
 from drl_data.images import read_batches
 from drl_data.index import SampleIndex
 from drl_data.objects import LocalFolder
+from drl_data.pipeline import PretrainSpec, is_absolute
 from drl_data.plan import Unit
 from drl_data.progress import SILENT, Progress
-from drl_data.spec import ImageSpec, PretrainSpec, canonical_json, is_absolute
+from drl_data.spec import ImageSpec
+from drl_data.spec_base import canonical_json
 
 MAX_PIXEL_BYTES = 8 << 30
 """The training set is held on the device as uint8; a larger one is refused."""

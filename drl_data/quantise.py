@@ -19,7 +19,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from drl_data.spec import ArraySpec, StorageDType
+from drl_data.spec import ArraySpec
+from drl_data.spec_base import StorageDType
 
 STORAGE_DTYPES: Mapping[StorageDType, torch.dtype] = {
     "float32": torch.float32,

@@ -13,7 +13,8 @@ from drl_data.errors import StoreError
 from drl_data.index import SampleIndex
 from drl_data.objects import Buffer
 from drl_data.plan import InvalidRow, Unit
-from drl_data.spec import FORMAT_VERSION, Spec, canonical_json
+from drl_data.spec import FORMAT_VERSION
+from drl_data.spec_base import Spec, canonical_json
 
 Count = Annotated[int, Field(ge=0)]
 

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from drl_data.errors import SpecError
 from drl_data.noise import draw_normal
-from drl_data.spec import DType
+from drl_data.spec_base import DType
 
 MAP = ("channel", "height", "width")
 VIDEO = ("channel", "frame", "height", "width")

@@ -17,7 +17,8 @@ from drl_data.backbones.latent import LatentTextBackbone
 from drl_data.backbones.text import MASK
 from drl_data.errors import SpecError
 from drl_data.noise import draw_normal
-from drl_data.spec import BackboneSpec, Pipeline, TinySpec
+from drl_data.pipeline import Pipeline, TinySpec
+from drl_data.spec import BackboneSpec
 from drl_data.testing import write_photo_tars
 from drl_data.tiny_models import save_tiny
 

@@ -21,9 +21,10 @@ from drl_data.charts import Chart, Series, heat_colour, line_chart
 from drl_data.errors import UserError
 from drl_data.intervals import mean_and_half
 from drl_data.pictures import feature_pictures, sheet_uri, thumbnails
+from drl_data.pipeline import Pipeline
 from drl_data.plan import InvalidRow
 from drl_data.receipts import Receipt
-from drl_data.spec import ArraySpec, BackboneSpec, Pipeline
+from drl_data.spec import ArraySpec, BackboneSpec
 from drl_data.store import FeatureStore
 from drl_data.tasks.distill import DistillResult
 from drl_data.tasks.probe import ProbeCell, ProbeResult, ProbeSource

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 from drl_data.errors import InputError
-from drl_data.spec import Spec
+from drl_data.spec_base import Spec
 
 
 class TaskResult(Spec):

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from drl_data.diffusion_spec import STEPPED, NoiseSpec, ScheduleSpec
 from drl_data.errors import SpecError, TapError
-from drl_data.spec import STEPPED, NoiseSpec, ResolvedTime, ScheduleSpec
+from drl_data.spec import ResolvedTime
 
 Prediction = Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
 """What a network's output means: eps, x_0, alpha eps - sigma x_0, or eps - x_0."""

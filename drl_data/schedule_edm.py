@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from drl_data.diffusion_spec import ScheduleSpec
 from drl_data.errors import SpecError
 from drl_data.schedule import Step, convert, require_convention, resolve_steps
-from drl_data.spec import ResolvedTime, ScheduleSpec
+from drl_data.spec import ResolvedTime
 
 EDM_STEPS = 18
 """Steps of the ladder if the spec does not say."""

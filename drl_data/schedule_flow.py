@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from drl_data.diffusion_spec import ScheduleSpec
 from drl_data.errors import SpecError
 from drl_data.schedule import (
     Sampler,
@@ -23,7 +24,7 @@ from drl_data.schedule import (
     resolve_steps,
     sampler_step,
 )
-from drl_data.spec import ResolvedTime, ScheduleSpec
+from drl_data.spec import ResolvedTime
 
 CONVENTIONS = ("flow", "none", "scheduler_position", "descending_index")
 

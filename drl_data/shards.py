@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from drl_data.objects import Buffer
-from drl_data.spec import ITEMSIZE, StorageDType
+from drl_data.spec_base import ITEMSIZE, StorageDType
 
 Array = npt.NDArray[np.generic]
 

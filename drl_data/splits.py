@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 from drl_data.errors import SpecError, UserError
-from drl_data.spec import Pipeline
+from drl_data.pipeline import Pipeline
 from drl_data.store import FeatureStore
 
 

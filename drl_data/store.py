@@ -41,7 +41,8 @@ from drl_data.receipts import (
 )
 from drl_data.shard_reader import ShardReader, in_threads
 from drl_data.shards import Array, crc32c, non_finite_rows
-from drl_data.spec import ArraySpec, FeatureSpec, ResolvedTime, canonical_json
+from drl_data.spec import ArraySpec, FeatureSpec, ResolvedTime
+from drl_data.spec_base import canonical_json
 from drl_data.store_metadata import (
     Described,
     array_layout,

@@ -15,7 +15,8 @@ from pydantic import JsonValue, ValidationError
 
 from drl_data.errors import SpecError, StoreError, StoreMismatchError, TapError
 from drl_data.shards import STORED, Array, ShardLayout
-from drl_data.spec import FORMAT_VERSION, ArraySpec, FeatureSpec, ResolvedTime, canonical_json
+from drl_data.spec import FORMAT_VERSION, ArraySpec, FeatureSpec, ResolvedTime
+from drl_data.spec_base import canonical_json
 
 TIME_DIMS = {"each": "timestep", "mean": "timestep_mean", "none": "timeless"}
 """Name of the time axis: arrays with one entry for all timesteps have one of length 1."""

@@ -15,7 +15,8 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from drl_data.errors import SpecError
-from drl_data.spec import ArraySpec, ImageSpec, StudentSpec
+from drl_data.pipeline import StudentSpec
+from drl_data.spec import ArraySpec, ImageSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,7 +17,8 @@ from drl_data.plan import Unit
 from drl_data.receipts import Receipt, fit_path, receipt_path
 from drl_data.shard_reader import in_threads
 from drl_data.shards import crc32c, non_finite_rows
-from drl_data.spec import FORMAT_VERSION, canonical_json
+from drl_data.spec import FORMAT_VERSION
+from drl_data.spec_base import canonical_json
 
 if TYPE_CHECKING:
     from drl_data.store import FeatureStore

@@ -19,8 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from drl_data.backbones import Conditioning, CustomBackbone, Posterior
+from drl_data.diffusion_spec import ConditionSpec
 from drl_data.schedule import NoiseSchedule, NoSchedule
-from drl_data.spec import BackboneSpec, ConditionSpec, ImageSpec, file_digest
+from drl_data.spec import BackboneSpec, ImageSpec
+from drl_data.spec_base import file_digest
 
 WEIGHTS = "TEST_SEMANTIC_ENCODER"
 """Environment variable that says where the encoder's weights are; where is no content."""

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from drl_data.backbones import find_model, load_backbone
 from drl_data.conditions import of_sample
 from drl_data.noise import draw_normal
+from drl_data.pipeline import Pipeline
 from drl_data.recipes import find_recipe
 from drl_data.rehearse import rehearsal
 from drl_data.runs import extract_all
 from drl_data.schedule import resolve_times
-from drl_data.spec import NumericSpec, Pipeline
+from drl_data.spec import NumericSpec
 from drl_data.store import FeatureStore
 
 N_SAMPLES = 4

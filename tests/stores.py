@@ -8,22 +8,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from drl_data.diffusion_spec import ConditionSpec, LatentSpec, NoiseSpec, ScheduleSpec
 from drl_data.index import SampleIndex, TarInfo
 from drl_data.plan import InvalidRow, Unit
 from drl_data.shards import STORED, Array
-from drl_data.spec import (
-    ArraySpec,
-    ConditionSpec,
-    DatasetSpec,
-    FeatureSpec,
-    ImageSpec,
-    LatentSpec,
-    NoiseSpec,
-    ResolvedTime,
-    ScheduleSpec,
-    StorageDType,
-    TapSpec,
-)
+from drl_data.spec import ArraySpec, DatasetSpec, FeatureSpec, ImageSpec, ResolvedTime, TapSpec
+from drl_data.spec_base import StorageDType
 from drl_data.store import FeatureStore, RunRecord
 
 INVALID = {"bfloat16": 0x7FC0, "float8_e4m3fn": 0x7F, "float8_e5m2": 0x7E, "int8": 0, "uint8": 0}

@@ -13,9 +13,11 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from drl_data.index import SampleIndex, TarInfo, build_index
+from drl_data.pipeline import Pipeline
 from drl_data.plan import InvalidRow
 from drl_data.shards import Array
-from drl_data.spec import DatasetSpec, ImageSpec, Pipeline, Spec
+from drl_data.spec import DatasetSpec, ImageSpec
+from drl_data.spec_base import Spec
 from drl_data.store import FeatureStore
 from tests.stores import RUN, make_array, make_spec, make_times
 

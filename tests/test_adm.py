@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from drl_data.backbones import Conditioning, find_model, load_backbone
+from drl_data.diffusion_spec import ConditionSpec, ScheduleSpec
 from drl_data.errors import SpecError, TapError, WeightsError
-from drl_data.spec import BackboneSpec, ConditionSpec, ImageSpec, ScheduleSpec, TapSpec
+from drl_data.spec import BackboneSpec, ImageSpec, TapSpec
 from drl_data.tiny_models import TINY_ADM, save_tiny_adm
 from tests.guided_diffusion import GuidedDiffusion
 

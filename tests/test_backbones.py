@@ -21,8 +21,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from drl_data.backbones import Backbone, ModelFolder, load_backbone
 from drl_data.backbones.backbone import arrange
+from drl_data.diffusion_spec import ConditionSpec, ScheduleSpec
 from drl_data.errors import SpecError, WeightsError
-from drl_data.spec import BackboneSpec, ConditionSpec, ImageSpec, ScheduleSpec, TapSpec
+from drl_data.spec import BackboneSpec, ImageSpec, TapSpec
 from drl_data.taps import ResolvedTap, resolve
 from drl_data.tiny_models import save_tiny_ddpm, save_tiny_dit, save_tiny_stable_diffusion
 

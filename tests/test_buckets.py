@@ -21,8 +21,9 @@ from drl_data.cli import app
 from drl_data.errors import ImageError, SpecError
 from drl_data.images import decode_image, displayed_size
 from drl_data.index import build_index
+from drl_data.pipeline import Pipeline
 from drl_data.runs import extract, extract_all
-from drl_data.spec import DatasetSpec, ImageSpec, Pipeline
+from drl_data.spec import DatasetSpec, ImageSpec
 from drl_data.tiny_models import save_tiny
 
 SHAPES = [(60, 90), (90, 60), (64, 64), (61, 89), (40, 300)]

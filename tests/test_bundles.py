@@ -16,10 +16,11 @@ from drl_data.backbones import ModelFolder, find_model, load_backbone
 from drl_data.backbones.backbone import CLEAN
 from drl_data.backbones.bundles import bundle_folder, bundle_names, hub_ids
 from drl_data.backbones.inventory import tappable_modules
+from drl_data.diffusion_spec import ConditionSpec
 from drl_data.errors import SpecError, WeightsError
 from drl_data.flops import Forwards
 from drl_data.plan import estimate
-from drl_data.spec import BackboneSpec, ConditionSpec, ImageSpec, TapSpec
+from drl_data.spec import BackboneSpec, ImageSpec, TapSpec
 
 TERA = 1e12
 

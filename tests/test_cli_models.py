@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from drl_data.cli import app
 from drl_data.errors import WeightsError
+from drl_data.pipeline import Pipeline
 from drl_data.runs import extract
-from drl_data.spec import Pipeline
 from drl_data.testing import write_photo_tars
 
 

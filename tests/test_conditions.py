@@ -17,10 +17,12 @@ from PIL import Image
 
 from drl_data.backbones import Backbone, Conditioning, ModelFolder, load_backbone
 from drl_data.conditions import SampleConditions, extremes, lacking, of_sample
+from drl_data.diffusion_spec import ConditionSpec
 from drl_data.errors import SpecError
 from drl_data.index import SampleIndex, build_index
+from drl_data.pipeline import Pipeline
 from drl_data.runs import extract
-from drl_data.spec import BackboneSpec, ConditionSpec, DatasetSpec, Pipeline
+from drl_data.spec import BackboneSpec, DatasetSpec
 from drl_data.store import FeatureStore
 from drl_data.tiny_models import save_tiny_dit, save_tiny_sd3, save_tiny_stable_diffusion
 

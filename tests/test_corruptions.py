@@ -29,9 +29,10 @@ from drl_data.backbones import ModelFolder, load_backbone
 from drl_data.errors import SpecError
 from drl_data.features import FeatureComputer
 from drl_data.noise import draw_normal, draw_uniform
+from drl_data.pipeline import Pipeline
 from drl_data.runs import extract, prepare
 from drl_data.schedule import resolve_times
-from drl_data.spec import BackboneSpec, Pipeline
+from drl_data.spec import BackboneSpec
 from drl_data.store import FeatureStore
 from drl_data.taps import resolve
 from drl_data.testing import write_photo_tars

@@ -14,9 +14,10 @@ from drl_data.backbones.inventory import tappable_modules
 from drl_data.errors import SpecError
 from drl_data.images import read_batches
 from drl_data.index import build_index
+from drl_data.pipeline import Pipeline
 from drl_data.plan import Unit
 from drl_data.runs import extract
-from drl_data.spec import BackboneSpec, Pipeline
+from drl_data.spec import BackboneSpec
 from drl_data.store import FeatureStore
 from drl_data.testing import write_photo_tars
 from tests import custom_backbones

@@ -24,7 +24,8 @@ from drl_data.index import SampleIndex, build_index
 from drl_data.selection import NO_LABEL
 from drl_data.shard_reader import ShardReader
 from drl_data.shards import STORED
-from drl_data.spec import DatasetSpec, ImageSpec, StorageDType
+from drl_data.spec import DatasetSpec, ImageSpec
+from drl_data.spec_base import StorageDType
 from drl_data.store import FeatureStore
 
 from .stores import (

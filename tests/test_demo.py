@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from drl_data.demo import run_demo
+from drl_data.pipeline import Pipeline
 from drl_data.progress import SILENT
 from drl_data.runs import extract
-from drl_data.spec import Pipeline
 from drl_data.store import FeatureStore
 from drl_data.tasks.distill import DistillResult
 from drl_data.tasks.probe import ProbeResult

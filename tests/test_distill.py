@@ -15,9 +15,10 @@ from torch import Tensor
 from drl_data.errors import InputError, SpecError, TapError, UserError
 from drl_data.images import read_batches
 from drl_data.index import SampleIndex
+from drl_data.pipeline import DistillSpec, Pipeline, StudentSpec
 from drl_data.plan import Unit
 from drl_data.shards import Array
-from drl_data.spec import DistillSpec, ImageSpec, Pipeline, StudentSpec
+from drl_data.spec import ImageSpec
 from drl_data.store import FeatureStore
 from drl_data.student import Student, TeacherHead
 from drl_data.tasks import distill

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from drl_data.backbones import find_model, load_backbone
+from drl_data.diffusion_spec import ConditionSpec, ScheduleSpec
 from drl_data.errors import SpecError
-from drl_data.spec import BackboneSpec, ConditionSpec, ScheduleSpec, TapSpec
+from drl_data.spec import BackboneSpec, TapSpec
 from drl_data.tiny_models import save_tiny_ddpm, save_tiny_dit
 
 TIME_EMBEDDING = "transformer_blocks.*.norm1.emb.time_proj"

@@ -21,19 +21,11 @@ from transformers import (
 )
 
 from drl_data.backbones import Backbone, Conditioning, ModelFolder, find_model, load_backbone
+from drl_data.diffusion_spec import ConditionSpec, LatentSpec, NoiseSpec, ScheduleSpec
 from drl_data.errors import SpecError, TapError, WeightsError
 from drl_data.extract import resolve_features
 from drl_data.features import FeatureComputer
-from drl_data.spec import (
-    BackboneSpec,
-    ConditionSpec,
-    FeatureSpec,
-    ImageSpec,
-    LatentSpec,
-    NoiseSpec,
-    ScheduleSpec,
-    TapSpec,
-)
+from drl_data.spec import BackboneSpec, FeatureSpec, ImageSpec, TapSpec
 from drl_data.tiny_models import TINY_ENCODERS, save_tiny_clip, save_tiny_encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")

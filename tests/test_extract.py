@@ -22,21 +22,15 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from drl_data.backbones import ModelFolder, load_backbone
 from drl_data.datasets import FeatureStream
+from drl_data.diffusion_spec import ConditionSpec, ScheduleSpec
 from drl_data.errors import SpecError, StoreMismatchError, TapError
 from drl_data.extract import ByteBudget, make_task
 from drl_data.features import FeatureComputer
 from drl_data.noise import draw_normal
 from drl_data.objects import open_folder
+from drl_data.pipeline import Pipeline, RunSpec, StoreSpec
 from drl_data.runs import RunSummary, extract, prepare
-from drl_data.spec import (
-    BackboneSpec,
-    ConditionSpec,
-    FeatureSpec,
-    Pipeline,
-    RunSpec,
-    ScheduleSpec,
-    StoreSpec,
-)
+from drl_data.spec import BackboneSpec, FeatureSpec
 from drl_data.store import FeatureStore
 from drl_data.taps import resolve
 from drl_data.testing import write_photo_tars

@@ -54,19 +54,14 @@ from transformers import (
 from drl_data.backbones import Backbone, ModelFolder, load_backbone
 from drl_data.backbones.joint import pack, position_ids
 from drl_data.backbones.tokens import TokenLayout
+from drl_data.diffusion_spec import ConditionSpec, ScheduleSpec
 from drl_data.errors import SpecError, TapError, WeightsError
 from drl_data.noise import draw_normal
+from drl_data.pipeline import Pipeline
 from drl_data.runs import extract
 from drl_data.schedule import corrupt
 from drl_data.schedule_flow import FlowSchedule
-from drl_data.spec import (
-    BackboneSpec,
-    ConditionSpec,
-    ImageSpec,
-    Pipeline,
-    ScheduleSpec,
-    TapSpec,
-)
+from drl_data.spec import BackboneSpec, ImageSpec, TapSpec
 from drl_data.taps import ResolvedTap, resolve
 from drl_data.testing import write_photo_tars
 from drl_data.tiny_models import (

@@ -16,9 +16,11 @@ from drl_data.backbones import Backbone, ModelFolder, find_model, load_backbone
 from drl_data.backbones.bundles import bundle_names
 from drl_data.backbones.inventory import tappable_modules
 from drl_data.backbones.joint import pack, position_ids, unpack
+from drl_data.diffusion_spec import ConditionSpec, ScheduleSpec
 from drl_data.errors import SpecError, TapError
+from drl_data.pipeline import Pipeline
 from drl_data.runs import extract, prepare
-from drl_data.spec import BackboneSpec, ConditionSpec, ImageSpec, Pipeline, ScheduleSpec, TapSpec
+from drl_data.spec import BackboneSpec, ImageSpec, TapSpec
 from drl_data.testing import write_photo_tars
 from drl_data.tiny_models import (
     save_tiny_flux,

@@ -13,7 +13,8 @@ from PIL import Image
 from drl_data.errors import ImageError, SpecError
 from drl_data.fitting import PixelMap, fitted, pixel_map, place
 from drl_data.images import decode_views
-from drl_data.spec import ImageSpec, Pipeline
+from drl_data.pipeline import Pipeline
+from drl_data.spec import ImageSpec
 
 SIDES = st.integers(1, 60)
 SIZES = st.tuples(SIDES, SIDES)

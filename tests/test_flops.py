@@ -14,8 +14,9 @@ from drl_data.backbones import find_model, load_backbone
 from drl_data.backbones.backbone import CLEAN
 from drl_data.backbones.inventory import tappable_modules
 from drl_data.capture import image_output
+from drl_data.diffusion_spec import ConditionSpec
 from drl_data.flops import FeatureFlops, Forwards, count_flops, trace
-from drl_data.spec import BackboneSpec, ConditionSpec, ImageSpec, TapSpec
+from drl_data.spec import BackboneSpec, ImageSpec, TapSpec
 from drl_data.tiny_models import save_tiny_ddpm, save_tiny_stable_diffusion
 
 

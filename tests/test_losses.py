@@ -25,14 +25,16 @@ from PIL import Image
 from torch import Tensor
 
 from drl_data.backbones import find_model, load_backbone
+from drl_data.diffusion_spec import ConditionSpec, ScheduleSpec
 from drl_data.errors import SpecError, TapError
 from drl_data.flops import count_forwards
 from drl_data.noise import draw_normal
+from drl_data.pipeline import Pipeline
 from drl_data.runs import extract, prepare
 from drl_data.schedule import NoiseSchedule, NoSchedule
 from drl_data.schedule_edm import EDMSchedule
 from drl_data.schedule_flow import FlowSchedule
-from drl_data.spec import BackboneSpec, ConditionSpec, Pipeline, ResolvedTime, ScheduleSpec, TapSpec
+from drl_data.spec import BackboneSpec, ResolvedTime, TapSpec
 from drl_data.store import FeatureStore
 from drl_data.tiny_models import save_tiny
 from tests.test_families import told_by_sd3

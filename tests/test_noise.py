@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from drl_data.diffusion_spec import NoiseSpec
 from drl_data.errors import SpecError
 from drl_data.noise import batch_noise, draw_normal, draw_uniform, noise_shape
-from drl_data.spec import NoiseSpec
 
 SHAPE = (2, 3, 3)
 KEYS = st.lists(st.text(max_size=8), min_size=1, max_size=8)

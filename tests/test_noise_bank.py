@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from drl_data.diffusion_spec import ConditionSpec, NoiseSpec
 from drl_data.errors import SpecError, StoreMismatchError
 from drl_data.extract import make_task
 from drl_data.noise import batch_noise, noise_table
 from drl_data.noise_bank import bank_digest, read_bank
+from drl_data.pipeline import Pipeline, RunSpec
 from drl_data.runs import extract, prepare
-from drl_data.spec import BackboneSpec, ConditionSpec, NoiseSpec, Pipeline, RunSpec
+from drl_data.spec import BackboneSpec
 from drl_data.store import FeatureStore
 from drl_data.testing import write_photo_tars
 from drl_data.tiny_models import save_tiny_ddpm

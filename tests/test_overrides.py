@@ -13,7 +13,8 @@ from torch import Tensor
 
 from drl_data.backbones import ModelFolder, load_backbone
 from drl_data.errors import SpecError, WeightsError
-from drl_data.spec import BackboneSpec, LoraSpec, Pipeline
+from drl_data.pipeline import Pipeline
+from drl_data.spec import BackboneSpec, LoraSpec
 from drl_data.tiny_models import save_tiny_adm, save_tiny_encoder, save_tiny_stable_diffusion
 
 pytestmark = pytest.mark.usefixtures("one_thread")

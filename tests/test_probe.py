@@ -18,8 +18,8 @@ from drl_data import linear_probes
 from drl_data.errors import InputError, SpecError, UserError
 from drl_data.intervals import t_interval, wilson_interval
 from drl_data.linear_probes import LinearProbes, PooledFeatures, ProbeSplit
+from drl_data.pipeline import Pipeline, ProbeSpec, StoreSpec
 from drl_data.shards import Array
-from drl_data.spec import Pipeline, ProbeSpec, StoreSpec
 from drl_data.splits import is_validation
 from drl_data.store import FeatureStore
 from drl_data.tasks.probe import (

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from drl_data.quantise import DamageMeter, companions, from_storage, storage_buffer, to_storage
-from drl_data.spec import ArraySpec, StorageDType
+from drl_data.spec import ArraySpec
+from drl_data.spec_base import StorageDType
 
 
 def array(dtype: StorageDType, *shape: int) -> ArraySpec:

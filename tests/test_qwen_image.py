@@ -18,10 +18,12 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from drl_data.backbones import Backbone, Conditioning, ModelFolder, load_backbone
 from drl_data.backbones.vae import decode_latents, vae_factor
+from drl_data.diffusion_spec import ConditionSpec, ScheduleSpec
 from drl_data.errors import TapError
+from drl_data.pipeline import Pipeline
 from drl_data.runs import extract, prepare
 from drl_data.schedule import corrupt
-from drl_data.spec import BackboneSpec, ConditionSpec, Pipeline, ScheduleSpec, TapSpec
+from drl_data.spec import BackboneSpec, TapSpec
 from drl_data.testing import write_photo_tars
 from drl_data.tiny_models import save_tiny_qwen_image
 

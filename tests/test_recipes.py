@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from drl_data.pipeline import Pipeline
 from drl_data.recipes import find_recipe, recipe_folder, recipe_names
-from drl_data.spec import Pipeline
 
 DEMO = {"digits", "digits_random", "digits_pretrain"}
 PUBLISHED = sorted(set(recipe_names()) - DEMO)

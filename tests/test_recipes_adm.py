@@ -24,8 +24,9 @@ from drl_data.backbones.backbone import CLEAN
 from drl_data.errors import WeightsError
 from drl_data.examples.ddae import UNet
 from drl_data.noise import draw_normal, draw_uniform
+from drl_data.pipeline import Pipeline
 from drl_data.recipes import find_recipe
-from drl_data.spec import BackboneSpec, Pipeline
+from drl_data.spec import BackboneSpec
 from tests.guided_diffusion import GuidedDiffusion
 from tests.references import Rehearsed, hooked, rehearse
 

@@ -32,10 +32,11 @@ from transformers import (
 )
 
 from drl_data.backbones import find_model, load_backbone
+from drl_data.diffusion_spec import ConditionSpec
 from drl_data.errors import SpecError, WeightsError
 from drl_data.examples.concept_attention import tiny_folder
 from drl_data.noise import draw_normal
-from drl_data.spec import BackboneSpec, ConditionSpec
+from drl_data.spec import BackboneSpec
 from drl_data.views import seeded_crop
 from tests.references import Rehearsed, hooked, hooked_inputs, planned_shapes, rehearse
 

@@ -15,8 +15,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from drl_data.backbones import find_model, load_backbone
 from drl_data.backbones.backbone import CLEAN
+from drl_data.diffusion_spec import ConditionSpec
+from drl_data.pipeline import Pipeline
 from drl_data.recipes import find_recipe
-from drl_data.spec import BackboneSpec, ConditionSpec, Pipeline
+from drl_data.spec import BackboneSpec
 from tests.references import Rehearsed, hooked, rehearse
 
 pytestmark = pytest.mark.usefixtures("one_thread")

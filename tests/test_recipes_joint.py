@@ -14,11 +14,13 @@ from transformers import ViTMAEModel
 
 from drl_data.backbones import find_model, load_backbone
 from drl_data.backbones.backbone import CLEAN
+from drl_data.diffusion_spec import ConditionSpec
 from drl_data.errors import SpecError, WeightsError
 from drl_data.examples.diffae import SemanticEncoder
 from drl_data.examples.hybvit import HybViT
+from drl_data.pipeline import Pipeline
 from drl_data.recipes import find_recipe
-from drl_data.spec import BackboneSpec, ConditionSpec, ImageSpec, Pipeline, TapSpec
+from drl_data.spec import BackboneSpec, ImageSpec, TapSpec
 from tests.guided_diffusion import GuidedDiffusion
 from tests.references import rehearse
 

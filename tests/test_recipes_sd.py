@@ -17,8 +17,10 @@ from torch import Tensor
 
 from drl_data.backbones import find_model, load_backbone
 from drl_data.backbones.backbone import CLEAN
+from drl_data.diffusion_spec import ConditionSpec, NoiseSpec
+from drl_data.pipeline import Pipeline
 from drl_data.recipes import find_recipe
-from drl_data.spec import BackboneSpec, ConditionSpec, NoiseSpec, Pipeline
+from drl_data.spec import BackboneSpec
 from tests.references import N_SAMPLES, hooked, rehearse
 from tests.references_sd import PlainSd, encoded, shared_noise
 

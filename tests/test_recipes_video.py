@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import T5EncoderModel, T5Tokenizer, UMT5EncoderModel
 
 from drl_data.backbones import find_model, load_backbone
+from drl_data.pipeline import Pipeline
 from drl_data.recipes import find_recipe
-from drl_data.spec import Pipeline
 from tests.references import hooked, rehearse
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from drl_data.cli import app
 from drl_data.errors import SpecError
+from drl_data.pipeline import Pipeline, TinySpec
 from drl_data.recipes import find_recipe
 from drl_data.rehearse import merged, rehearsal
-from drl_data.spec import Pipeline, TinySpec
 from drl_data.tiny_models import save_tiny
 
 RECIPE = find_recipe("dift_sd21_spair")

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from drl_data.backbones import ModelFolder, load_backbone
 from drl_data.backbones.samplers import FLOW, VARIANCE_PRESERVING, DiffusersSampler
+from drl_data.diffusion_spec import NoiseSpec, ScheduleSpec
 from drl_data.errors import SpecError, WeightsError
 from drl_data.schedule import (
     NoiseSchedule,
@@ -39,7 +40,7 @@ from drl_data.schedule import (
     to_v,
     to_x0,
 )
-from drl_data.spec import BackboneSpec, NoiseSpec, ResolvedTime, ScheduleSpec
+from drl_data.spec import BackboneSpec, ResolvedTime
 from drl_data.tiny_models import save_tiny_ddpm
 
 STABLE_DIFFUSION = {

@@ -14,21 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from drl_data.backbones import Conditioning, find_model, load_backbone
+from drl_data.diffusion_spec import ConditionSpec, LatentSpec, NoiseSpec, ScheduleSpec
 from drl_data.errors import SpecError
 from drl_data.features import FeatureComputer
 from drl_data.noise import batch_noise
 from drl_data.schedule import NoiseSchedule
 from drl_data.schedule_edm import EDMSchedule, precondition, sigma_ladder
-from drl_data.spec import (
-    BackboneSpec,
-    ConditionSpec,
-    FeatureSpec,
-    ImageSpec,
-    LatentSpec,
-    NoiseSpec,
-    ScheduleSpec,
-    TapSpec,
-)
+from drl_data.spec import BackboneSpec, FeatureSpec, ImageSpec, TapSpec
 from drl_data.tiny_models import save_tiny_edm
 
 

@@ -20,19 +20,13 @@ from torch import Tensor, nn
 
 from drl_data.backbones import ModelFolder, load_backbone
 from drl_data.backbones.loader import load_flow_schedule, load_schedule
+from drl_data.diffusion_spec import ConditionSpec, NoiseSpec, ScheduleSpec
 from drl_data.errors import SpecError
+from drl_data.pipeline import Pipeline
 from drl_data.runs import prepare
 from drl_data.schedule import corrupt
 from drl_data.schedule_flow import FlowSchedule
-from drl_data.spec import (
-    BackboneSpec,
-    ConditionSpec,
-    ImageSpec,
-    NoiseSpec,
-    Pipeline,
-    ScheduleSpec,
-    TapSpec,
-)
+from drl_data.spec import BackboneSpec, ImageSpec, TapSpec
 from drl_data.testing import write_photo_tars
 from drl_data.tiny_models import save_tiny_ddpm, save_tiny_flux, save_tiny_sana, save_tiny_sd3
 

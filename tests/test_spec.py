@@ -13,24 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import JsonValue
 
+from drl_data.diffusion_spec import ConditionSpec, LatentSpec, NoiseSpec, ScheduleSpec
 from drl_data.errors import SpecError
+from drl_data.pipeline import Pipeline, RunSpec, StoreSpec, is_absolute
 from drl_data.recipes import find_recipe, recipe_names
-from drl_data.spec import (
-    ArraySpec,
-    ConditionSpec,
-    FeatureSpec,
-    ImageSpec,
-    LatentSpec,
-    NoiseSpec,
-    Pipeline,
-    RunSpec,
-    ScheduleSpec,
-    Spec,
-    StoreSpec,
-    TapSpec,
-    canonical_json,
-    is_absolute,
-)
+from drl_data.spec import ArraySpec, FeatureSpec, ImageSpec, TapSpec
+from drl_data.spec_base import Spec, canonical_json
 
 SPEC = FeatureSpec(
     dataset="d" * 64,

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from drl_data.cli import app
 from drl_data.datasets import FeatureDataset
 from drl_data.errors import SpecError, UserError
-from drl_data.spec import Pipeline, StatsSpec
+from drl_data.pipeline import Pipeline, StatsSpec
 from drl_data.store import FeatureStore
 from drl_data.tasks.stats import StatsResult, run_stats
 

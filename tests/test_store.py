@@ -36,7 +36,8 @@ from drl_data.objects import LocalFolder, ObjectInfo, open_folder
 from drl_data.plan import Unit
 from drl_data.receipts import receipt_path
 from drl_data.shards import STORED, ShardLayout, crc32c, non_finite_rows
-from drl_data.spec import ITEMSIZE, ArraySpec, ImageSpec, StorageDType
+from drl_data.spec import ArraySpec, ImageSpec
+from drl_data.spec_base import ITEMSIZE, StorageDType
 from drl_data.store import FeatureStore, UnitCounts
 
 from .stores import (

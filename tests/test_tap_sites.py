@@ -21,14 +21,9 @@ from torch.nn import functional
 
 from drl_data.backbones import Backbone, ModelFolder, load_backbone
 from drl_data.capture import Streams, capture
+from drl_data.diffusion_spec import ConditionSpec, ScheduleSpec
 from drl_data.errors import TapError
-from drl_data.spec import (
-    BackboneSpec,
-    ConditionSpec,
-    ImageSpec,
-    ScheduleSpec,
-    TapSpec,
-)
+from drl_data.spec import BackboneSpec, ImageSpec, TapSpec
 from drl_data.tap_reducer import TapReducer
 from drl_data.taps import resolve
 from drl_data.tiny_models import save_tiny_ddpm, save_tiny_dit, save_tiny_stable_diffusion

@@ -21,9 +21,11 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from drl_data.backbones import Backbone, Conditioning, ModelFolder, load_backbone
 from drl_data.backbones.unet import guidance_embedding
+from drl_data.diffusion_spec import ConditionSpec
 from drl_data.errors import SpecError
+from drl_data.pipeline import Pipeline
 from drl_data.schedule import NoiseSchedule
-from drl_data.spec import BackboneSpec, ConditionSpec, ImageSpec, Pipeline, ResolvedTime, TapSpec
+from drl_data.spec import BackboneSpec, ImageSpec, ResolvedTime, TapSpec
 from drl_data.tiny_models import (
     save_tiny_ddpm,
     save_tiny_dit,

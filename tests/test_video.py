@@ -28,11 +28,13 @@ from transformers import T5Tokenizer, UMT5EncoderModel
 from drl_data.backbones import Backbone, find_model, load_backbone
 from drl_data.backbones.backbone import CLEAN, Posterior
 from drl_data.capture import Streams, capture
+from drl_data.diffusion_spec import ConditionSpec, NoiseSpec, ScheduleSpec
 from drl_data.errors import ImageError, SpecError, TapError, WeightsError
 from drl_data.images import ImageBatch, decode_image, decode_views, read_batches
 from drl_data.index import build_index
 from drl_data.linear_probes import _flat_pixels, _pooled
 from drl_data.noise import batch_noise
+from drl_data.pipeline import Pipeline, StudentSpec
 from drl_data.plan import Unit
 from drl_data.reduce import VIDEO, reduce
 from drl_data.rehearse import rehearsal
@@ -41,15 +43,10 @@ from drl_data.schedule import mask_patches
 from drl_data.spec import (
     ArraySpec,
     BackboneSpec,
-    ConditionSpec,
     CropViews,
     DatasetSpec,
     ImageSpec,
-    NoiseSpec,
-    Pipeline,
     ResolvedTime,
-    ScheduleSpec,
-    StudentSpec,
     TapSpec,
 )
 from drl_data.student import Student, _grid

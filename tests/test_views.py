@@ -21,9 +21,10 @@ from drl_data.errors import FeatureError, TapError
 from drl_data.extract import noise_keys
 from drl_data.images import ImageBatch, decode_image, decode_views
 from drl_data.noise import draw_normal
+from drl_data.pipeline import Pipeline
 from drl_data.plan import estimate
 from drl_data.runs import extract
-from drl_data.spec import CropViews, ImageSpec, Pipeline
+from drl_data.spec import CropViews, ImageSpec
 from drl_data.store import FeatureStore
 from drl_data.testing import write_photo_tars
 from drl_data.tiny_models import save_tiny_ddpm

@@ -20,8 +20,8 @@ from drl_data import tap_sites
 from drl_data.datasets import FeatureDataset, FeatureStream
 from drl_data.errors import FeatureError, SpecError, StoreError, TapError
 from drl_data.noise import draw_normal
+from drl_data.pipeline import Pipeline
 from drl_data.runs import extract, prepare
-from drl_data.spec import Pipeline
 from drl_data.store import FeatureStore
 from drl_data.tap_sites import Modules, Place
 from drl_data.testing import write_photo_tars

@@ -20,11 +20,13 @@ from transformers import AutoTokenizer, Qwen3Model
 
 from drl_data.backbones import Backbone, Conditioning, ModelFolder, load_backbone
 from drl_data.capture import Streams
+from drl_data.diffusion_spec import ConditionSpec, ScheduleSpec
 from drl_data.errors import TapError
+from drl_data.pipeline import Pipeline
 from drl_data.runs import extract, prepare
 from drl_data.schedule import corrupt
 from drl_data.schedule_flow import FlowSchedule
-from drl_data.spec import BackboneSpec, ConditionSpec, Pipeline, ScheduleSpec, TapSpec
+from drl_data.spec import BackboneSpec, TapSpec
 from drl_data.taps import resolve
 from drl_data.testing import write_photo_tars
 from drl_data.tiny_models import save_tiny_z_image

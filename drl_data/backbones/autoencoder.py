@@ -23,10 +23,11 @@ from drl_data.backbones.backbone import (
 from drl_data.backbones.loader import ModelFolder, load_network
 from drl_data.backbones.vae import decode_latents, encode_latents, latent_shape
 from drl_data.capture import image_output
+from drl_data.diffusion_spec import ConditionSpec
 from drl_data.errors import SpecError
 from drl_data.flops import trace
 from drl_data.schedule import NoSchedule
-from drl_data.spec import ConditionSpec, ImageSpec, TapSpec
+from drl_data.spec import ImageSpec, TapSpec
 from drl_data.taps import VAE, ResolvedTap, resolve
 
 if TYPE_CHECKING:

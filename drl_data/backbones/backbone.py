@@ -21,18 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from drl_data.capture import Streams, capture, image_output
+from drl_data.diffusion_spec import ConditionSpec
 from drl_data.errors import SpecError, TapError
 from drl_data.flops import FeatureFlops, count_flops, trace
 from drl_data.reduce import MAP, TOKENS, VECTOR, VIDEO
 from drl_data.schedule import Schedule
-from drl_data.spec import (
-    ArraySpec,
-    ConditionSpec,
-    ImageSpec,
-    ResolvedTime,
-    StorageDType,
-    TapSpec,
-)
+from drl_data.spec import ArraySpec, ImageSpec, ResolvedTime, TapSpec
+from drl_data.spec_base import StorageDType
 from drl_data.tap_reducer import TapReducer, timesteps_of
 from drl_data.tap_sites import LOSS, PREDICTIONS
 from drl_data.taps import VAE, ResolvedTap, expand_aliases, resolve

@@ -15,10 +15,12 @@ from drl_data.backbones.backbone import Conditioning, Posterior, check_images, r
 from drl_data.backbones.custom import CustomBackbone
 from drl_data.backbones.loader import placed, seeded
 from drl_data.backbones.overrides import read_tensors, replace_tensors
+from drl_data.diffusion_spec import ConditionSpec
 from drl_data.errors import SpecError
 from drl_data.reduce import TORCH_DTYPES
 from drl_data.schedule import Schedule
-from drl_data.spec import BackboneSpec, ConditionSpec, ImageSpec, file_digest
+from drl_data.spec import BackboneSpec, ImageSpec
+from drl_data.spec_base import file_digest
 
 
 class CheckpointBackbone(CustomBackbone):

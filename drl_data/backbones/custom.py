@@ -39,7 +39,8 @@ import torch
 
 from drl_data.backbones.backbone import Backbone
 from drl_data.errors import SpecError
-from drl_data.spec import BackboneSpec, canonical_json
+from drl_data.spec import BackboneSpec
+from drl_data.spec_base import canonical_json
 
 PYTHON = "python:"
 

@@ -35,10 +35,11 @@ from drl_data.backbones.backbone import (
 from drl_data.backbones.loader import ModelFolder, placed, seeded, weights_errors
 from drl_data.backbones.tokens import TokenLayout
 from drl_data.capture import Streams
+from drl_data.diffusion_spec import ConditionSpec
 from drl_data.errors import SpecError, WeightsError
 from drl_data.reduce import TOKENS, TORCH_DTYPES
 from drl_data.schedule import NoSchedule
-from drl_data.spec import ConditionSpec, ImageSpec
+from drl_data.spec import ImageSpec
 from drl_data.taps import ResolvedTap
 
 if TYPE_CHECKING:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from drl_data.backbones.backbone import Backbone, TappableModule
 from drl_data.backbones.loader import ModelFolder, find_model, load_backbone
+from drl_data.diffusion_spec import ConditionSpec
 from drl_data.errors import SpecError
-from drl_data.spec import BackboneSpec, ConditionSpec, ImageSpec
+from drl_data.spec import BackboneSpec, ImageSpec
 
 
 @dataclass(frozen=True)

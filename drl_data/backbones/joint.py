@@ -16,9 +16,10 @@ from drl_data.backbones.text import POOLED, PROMPT, TextEncoders
 from drl_data.backbones.tokens import TokenLayout
 from drl_data.backbones.vae import latent_shape, load_vae
 from drl_data.capture import Streams
+from drl_data.diffusion_spec import ConditionSpec
 from drl_data.errors import SpecError
 from drl_data.schedule_flow import FlowSchedule
-from drl_data.spec import ConditionSpec, ImageSpec
+from drl_data.spec import ImageSpec
 from drl_data.tap_sites import is_text
 from drl_data.taps import ResolvedTap
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from drl_data.backbones.backbone import Backbone, Conditioning, Posterior, refuse_extras
 from drl_data.backbones.text import MASK, TextEncoders, read_embeddings
 from drl_data.backbones.vae import decode_latents, encode_latents
+from drl_data.diffusion_spec import ConditionSpec
 from drl_data.errors import SpecError
 from drl_data.schedule import Schedule
-from drl_data.spec import ConditionSpec
 
 if TYPE_CHECKING:
     from drl_data.backbones.vae import VAE

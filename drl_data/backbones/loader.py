@@ -35,7 +35,8 @@ from drl_data.reduce import TORCH_DTYPES
 from drl_data.schedule import NoiseSchedule, Schedule
 from drl_data.schedule_edm import EDMSchedule
 from drl_data.schedule_flow import FlowSchedule
-from drl_data.spec import BackboneSpec, canonical_json, file_digest
+from drl_data.spec import BackboneSpec
+from drl_data.spec_base import canonical_json, file_digest
 
 BUNDLED = "bundled:"
 NETWORK_FOLDERS = ("unet", "transformer")

@@ -13,8 +13,9 @@ from drl_data.backbones.loader import ModelFolder, load_flow_schedule, load_netw
 from drl_data.backbones.samplers import FLUX_SHIFT
 from drl_data.backbones.text import MASK, PROMPT, TextEncoders
 from drl_data.backbones.vae import latent_shape, load_vae
+from drl_data.diffusion_spec import ConditionSpec
 from drl_data.errors import WeightsError
-from drl_data.spec import ConditionSpec, ImageSpec
+from drl_data.spec import ImageSpec
 
 if TYPE_CHECKING:
     from diffusers import QwenImageTransformer2DModel

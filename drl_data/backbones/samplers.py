@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from drl_data.diffusion_spec import ScheduleSpec
 from drl_data.errors import SpecError
 from drl_data.schedule import Step
-from drl_data.spec import ScheduleSpec
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin

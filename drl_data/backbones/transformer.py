@@ -25,9 +25,10 @@ from drl_data.backbones.vae import (
     load_vae,
     vae_factor,
 )
+from drl_data.diffusion_spec import ConditionSpec
 from drl_data.errors import SpecError, WeightsError
 from drl_data.schedule import Schedule
-from drl_data.spec import ConditionSpec, ImageSpec
+from drl_data.spec import ImageSpec
 from drl_data.tap_sites import is_text
 from drl_data.taps import ResolvedTap
 

@@ -21,8 +21,9 @@ from drl_data.backbones.latent import LatentTextBackbone
 from drl_data.backbones.loader import ModelFolder, load_network, load_schedule
 from drl_data.backbones.text import POOLED, PROMPT, TextEncoders
 from drl_data.backbones.vae import latent_shape, load_vae, vae_factor
+from drl_data.diffusion_spec import ConditionSpec
 from drl_data.errors import SpecError, WeightsError
-from drl_data.spec import ConditionSpec, ImageSpec
+from drl_data.spec import ImageSpec
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel, UNet2DModel

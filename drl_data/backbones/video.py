@@ -26,8 +26,9 @@ from drl_data.backbones.text import PROMPT, TextEncoders
 from drl_data.backbones.tokens import TokenLayout
 from drl_data.backbones.vae import load_autoencoder
 from drl_data.capture import Streams
+from drl_data.diffusion_spec import ConditionSpec
 from drl_data.errors import SpecError, TapError, WeightsError
-from drl_data.spec import ConditionSpec, ImageSpec, TapSpec
+from drl_data.spec import ImageSpec, TapSpec
 from drl_data.tap_sites import is_text
 from drl_data.taps import VAE, ResolvedTap
 

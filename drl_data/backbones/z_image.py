@@ -14,8 +14,9 @@ from drl_data.backbones.samplers import FLUX_SHIFT
 from drl_data.backbones.text import MASK, PROMPT, TextEncoders
 from drl_data.backbones.vae import latent_shape, load_vae
 from drl_data.capture import Streams
+from drl_data.diffusion_spec import ConditionSpec
 from drl_data.errors import SpecError, TapError, WeightsError
-from drl_data.spec import ConditionSpec, ImageSpec
+from drl_data.spec import ImageSpec
 from drl_data.taps import ResolvedTap
 
 if TYPE_CHECKING:

@@ -38,9 +38,10 @@ from torch import Tensor, nn
 
 from drl_data.backbones import Conditioning, CustomBackbone, ModelFolder, find_model
 from drl_data.backbones.joint import PATCH, FluxBackbone
+from drl_data.diffusion_spec import ConditionSpec
 from drl_data.errors import SpecError
 from drl_data.reduce import MAP, TOKENS
-from drl_data.spec import BackboneSpec, ConditionSpec
+from drl_data.spec import BackboneSpec
 from drl_data.taps import ResolvedTap
 
 if TYPE_CHECKING:

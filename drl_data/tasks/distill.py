@@ -28,10 +28,11 @@ from torch import Tensor, nn
 from drl_data.datasets import FeatureBatch, FeatureStream
 from drl_data.errors import SpecError
 from drl_data.intervals import mean_and_half
+from drl_data.pipeline import DistillSpec, Pipeline
 from drl_data.progress import SILENT, Progress
 from drl_data.results import TaskResult
 from drl_data.selection import Rows, Selection, select
-from drl_data.spec import DistillSpec, Pipeline, Spec
+from drl_data.spec_base import Spec
 from drl_data.splits import finished_store, require_two_splits
 from drl_data.store import FeatureStore
 from drl_data.student import Classifier, Student, TeacherHead

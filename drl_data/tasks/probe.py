@@ -17,9 +17,10 @@ from rich.table import Table
 from drl_data.errors import SpecError
 from drl_data.intervals import t_interval, wilson_interval
 from drl_data.linear_probes import PIXELS_KEY, LinearProbes, PooledFeatures, ProbeSplit
+from drl_data.pipeline import Pipeline, ProbeSpec
 from drl_data.progress import SILENT, Progress
 from drl_data.results import TaskResult
-from drl_data.spec import Pipeline, ProbeSpec, Spec
+from drl_data.spec_base import Spec
 from drl_data.splits import finished_store
 from drl_data.store import FeatureStore
 from drl_data.threads import one_thread

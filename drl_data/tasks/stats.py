@@ -20,11 +20,13 @@ from torch import Tensor
 
 from drl_data.datasets import read_features
 from drl_data.moments import Moments
+from drl_data.pipeline import Pipeline, StatsSpec
 from drl_data.plan import Unit
 from drl_data.progress import SILENT, Progress
 from drl_data.results import TaskResult
 from drl_data.selection import Rows, select
-from drl_data.spec import ArraySpec, Pipeline, Spec, StatsSpec
+from drl_data.spec import ArraySpec
+from drl_data.spec_base import Spec
 from drl_data.splits import finished_store
 from drl_data.store import FeatureStore
 

@@ -1,0 +1,338 @@
+"""A pipeline file: what to compute (spec.py), and where, how fast and what for.
+
+The sections of a `Pipeline` fall in two groups that never mix:
+
+- content: `dataset images backbone latents condition schedule noise taps` and the numeric settings
+  in `features`. Resolved against the data and the weights they become a `FeatureSpec`;
+- logistics: `store.url` and `run`. They change where, how much and how fast, never a byte.
+
+Nothing here imports torch, zarr or ray.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    Field,
+    JsonValue,
+    ValidationError,
+    model_validator,
+)
+
+from drl_data.diffusion_spec import (
+    ConditionSpec,
+    LatentSpec,
+    NoiseSpec,
+    ScheduleSpec,
+)
+from drl_data.errors import SpecError
+from drl_data.spec import (
+    BackboneSpec,
+    BucketSpec,
+    DatasetSpec,
+    ImageSpec,
+    NumericSpec,
+    Tap,
+)
+from drl_data.spec_base import (
+    Spec,
+    Timestep,
+)
+
+
+class StoreSpec(Spec):
+    """Where the features go: a folder or any object-storage URL."""
+
+    url: str
+
+
+class RunSpec(Spec):
+    """Where and how fast; never what."""
+
+    executor: Literal["local", "ray"] = "local"
+    workers: Annotated[int, Field(ge=1)] = 1
+    """Actors of the ray executor."""
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 1.0
+    """GPUs of one actor, fractions allowed; ignored where the cluster has none."""
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
+    address: str | None = None
+    """Address of an existing Ray cluster; default: start one on this machine."""
+    leases: Annotated[int, Field(ge=1)] | None = None
+    """Units in flight in one worker; default: two more than compute at a time."""
+    decode_threads: Annotated[int, Field(ge=1)] = 4
+    memory_bytes: Annotated[int, Field(ge=1)] = 4 << 30
+    """Budget of one worker for pixels and features in flight."""
+    max_attempts: Annotated[int, Field(ge=1)] = 3
+    """Times that a unit is tried before it is listed as failed."""
+
+
+class ProbeSpec(Spec):
+    """Linear probes for every (tap, timestep) cell, trained together in one pass.
+
+    The best cell is chosen on a validation part of the train split (rows whose key hashes below
+    `validation`), its accuracy is reported on the test split, which is used for nothing else.
+    """
+
+    train: str = "train"
+    test: str = "test"
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    seeds: tuple[int, ...] = (0, 1, 2)
+    epochs: Annotated[int, Field(ge=1)] = 60
+    batch_size: Annotated[int, Field(ge=1)] = 256
+    learning_rate: float = 1e-2
+    weight_decay: float = 1e-3
+    pool: Annotated[int, Field(ge=1)] = 1
+    """Side of the grid that maps are averaged to before the classifier: 1 is the mean over space,
+    2 is what "Diffusion models beat GANs on image classification" uses. A smaller map stays."""
+    pixels: bool = True
+    """Also probe the raw pixels, the floor that features must beat."""
+    compare: dict[str, str] = {}
+    """Other pipeline files whose stores are probed beside this one: {label: path}."""
+
+
+class StatsSpec(Spec):
+    """Mean and variance of every tap and timestep, over one split or all samples.
+
+    `over: space` has one number for each channel, over samples and positions; `over: samples` one
+    for each entry of a row (RAE normalises each channel at each position). `covariance` adds the
+    covariance of the channels, [c, c].
+    """
+
+    split: str | None = None
+    over: Literal["space", "samples"] = "space"
+    covariance: bool = False
+
+    @model_validator(mode="after")
+    def _covariance_of_channels(self) -> StatsSpec:
+        if self.covariance and self.over != "space":
+            raise ValueError("covariance is of channels: want over: space")
+        return self
+
+
+class StudentSpec(Spec):
+    """A student from `transformers`, built from its configuration (no weights are downloaded)."""
+
+    model_type: str = "resnet"
+    config: dict[str, JsonValue] = {}
+
+
+class DistillSpec(Spec):
+    """A student learns the stored features of the same images, then a linear head on few labels.
+
+    Compared with the same student trained from scratch on those labels.
+    """
+
+    tap: str
+    timestep: Timestep
+    train: str = "train"
+    test: str = "test"
+    student: StudentSpec = StudentSpec()
+    epochs: Annotated[int, Field(ge=1)] = 30
+    finetune_epochs: Annotated[int, Field(ge=1)] = 40
+    batch_size: Annotated[int, Field(ge=1)] = 128
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    labels_per_class: tuple[int, ...] = (1, 5, 20)
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+class PretrainSpec(Spec):
+    """Training of a pixel-space DDPM (Ho et al. 2020): epsilon loss, EMA weights.
+
+    `model` is the configuration of diffusers' `UNet2DModel`, `scheduler` that of `DDPMScheduler`.
+    """
+
+    split: str = "train"
+    model: dict[str, JsonValue]
+    scheduler: dict[str, JsonValue] = {}
+    steps: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=1)] = 128
+    learning_rate: float = 2e-4
+    warmup_steps: Annotated[int, Field(ge=0)] = 200
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    seed: int = 0
+    checkpoint_every: Annotated[int, Field(ge=1)] = 1000
+    output: str
+
+
+class TinySpec(Spec):
+    """What a pipeline has otherwise on a tiny random model of its family (`drl try`).
+
+    `model` is a family of tiny_models.py, or `python:package.module:factory`; `network` overrides
+    its configuration. The sections are partial: what they leave out stays as the pipeline has it,
+    but weights and prompt embeddings that the pipeline reads from files become random ones.
+    """
+
+    SECTIONS: ClassVar[tuple[str, ...]] = ("images", "latents", "condition", "schedule", "noise")
+
+    model: str
+    network: dict[str, JsonValue] = {}
+    vae: dict[str, JsonValue] = {}
+    """The same of its VAE, for taps inside that."""
+    taps: dict[str, Tap] = {}
+    """Path of a tap in the pipeline -> path in the tiny model, where that one is shallower, and
+    other reductions where that one is narrower."""
+    backbone: dict[str, JsonValue] = {}
+    images: dict[str, JsonValue] = {}
+    latents: dict[str, JsonValue] = {}
+    condition: dict[str, JsonValue] = {}
+    schedule: dict[str, JsonValue] = {}
+    noise: dict[str, JsonValue] = {}
+    features: dict[str, JsonValue] = {}
+
+
+class Pipeline(Spec):
+    """One YAML file: images, backbone, features, store, tasks. Paths in it are relative to it."""
+
+    name: str
+    description: str = ""
+    paper: str | None = None
+    """The paper whose system this file reproduces, with its number."""
+    dataset: DatasetSpec
+    images: ImageSpec
+    buckets: BucketSpec | None = None
+    backbone: BackboneSpec | None = None
+    latents: LatentSpec = LatentSpec()
+    condition: ConditionSpec = ConditionSpec()
+    schedule: ScheduleSpec | None = None
+    noise: NoiseSpec = NoiseSpec()
+    taps: tuple[Tap, ...] = ()
+    features: NumericSpec = NumericSpec()
+    store: StoreSpec | None = None
+    run: RunSpec = RunSpec()
+    results: str = "results"
+    """Folder for what tasks find and for the report."""
+    probe: ProbeSpec | None = None
+    stats: StatsSpec | None = None
+    distill: DistillSpec | None = None
+    pretrain: PretrainSpec | None = None
+    tiny: TinySpec | None = None
+
+    @classmethod
+    def parse(cls, data: object, source: str = "pipeline") -> Pipeline:
+        """Validate plain data.
+
+        Raises:
+            SpecError: one line for each thing that is wrong: place, got, want.
+        """
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            lines = [f"  {_explain(problem)}" for problem in error.errors()]
+            raise SpecError(f"{source} is not a valid pipeline:\n" + "\n".join(lines)) from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Pipeline:
+        """Read a YAML file; its relative paths become relative to the current directory.
+
+        Raises:
+            SpecError: if the file is missing, not YAML, or not a valid pipeline.
+        """
+        path = Path(path)
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise SpecError(
+                f"{path}: no such pipeline file; `drl recipes` lists those that come with drl"
+            ) from error
+        except yaml.YAMLError as error:
+            raise SpecError(f"{path} is not YAML: {error}") from error
+        return cls.parse(data, str(path)).relative_to(path.parent)
+
+    def relative_to(self, folder: Path) -> Pipeline:
+        """The same pipeline with each relative path in it joined to `folder`."""
+
+        def join(url: str) -> str:
+            return url if is_absolute(url) else str(folder / url)
+
+        changes: dict[str, object] = {
+            "results": join(self.results),
+            "dataset": self.dataset.model_copy(
+                update={
+                    "tars": {k: tuple(join(u) for u in v) for k, v in self.dataset.tars.items()}
+                }
+            ),
+        }
+        if self.backbone:
+            changes["backbone"] = _with_paths(self.backbone, join)
+        if self.condition.prompt_embeddings:
+            changes["condition"] = self.condition.model_copy(
+                update={"prompt_embeddings": join(self.condition.prompt_embeddings)}
+            )
+        if self.noise.file:
+            changes["noise"] = self.noise.model_copy(update={"file": join(self.noise.file)})
+        if self.store:
+            changes["store"] = StoreSpec(url=join(self.store.url))
+        if self.probe:
+            changes["probe"] = self.probe.model_copy(
+                update={"compare": {k: join(v) for k, v in self.probe.compare.items()}}
+            )
+        if self.pretrain:
+            changes["pretrain"] = self.pretrain.model_copy(
+                update={"output": join(self.pretrain.output)}
+            )
+        return self.model_copy(update=changes)
+
+
+def is_absolute(url: str) -> bool:
+    """True for an absolute path or a URL with a scheme."""
+    return url.startswith("/") or re.match(r"^[A-Za-z][A-Za-z0-9+.-]*:", url) is not None
+
+
+def _with_paths(backbone: BackboneSpec, join: Callable[[str], str]) -> BackboneSpec:
+    """The same backbone with `join` applied to its local paths."""
+    update: dict[str, object] = {
+        "lora": tuple(lora.model_copy(update={"path": join(lora.path)}) for lora in backbone.lora)
+    }
+    if _is_relative_folder(backbone.model):
+        folder = join(backbone.model)  # which must still be told from a hub id
+        is_told = is_absolute(folder) or folder.startswith(".")
+        update["model"] = folder if is_told else f"./{folder}"
+    if backbone.weights is not None:
+        update["weights"] = join(backbone.weights)
+    return backbone.model_copy(update=update)
+
+
+def _is_relative_folder(model: str) -> bool:
+    """Hub ids look like `owner/name`; relative folders must start with a dot to be told apart."""
+    return model.startswith((".", "..")) and not is_absolute(model)
+
+
+def _explain(problem: Mapping[str, object]) -> str:
+    loc = problem["loc"]
+    assert isinstance(loc, Sequence)
+    place = ".".join(str(part) for part in loc) or "top level"
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(loc[-1]), _fields_at(loc[:-1]), n=1)
+        known = ", ".join(_fields_at(loc[:-1]))
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known: {known}"
+        return f"{place}: unknown key{hint}"
+    if problem["type"] == "missing":
+        return f"{place}: missing, and it has no default"
+    got = json.dumps(problem.get("input"), default=str)
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    return f"{place}: {message}" + (f" (got {got})" if len(got) <= 80 else "")
+
+
+def _fields_at(loc: Sequence[object]) -> list[str]:
+    model: type[BaseModel] = Pipeline
+    for part in loc:
+        field = model.model_fields.get(str(part))
+        model = (field and _model_in(field.annotation)) or model
+    return sorted(model.model_fields)
+
+
+def _model_in(annotation: object) -> type[BaseModel] | None:
+    """The spec that a field holds, alone or in a union, a tuple, a mapping."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = (_model_in(argument) for argument in get_args(annotation))
+    return next((model for model in found if model is not None), None)
