@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from drl_data.index import SampleIndex, build_index
     from drl_data.pipeline import Pipeline
     from drl_data.plan import Unit, estimate, plan_units
-    from drl_data.runs import extract, prepare
+    from drl_data.runs import extract, extract_all, prepare
     from drl_data.spec import FeatureSpec
     from drl_data.store import FeatureStore
 
@@ -32,13 +32,14 @@ _HOME = {
     "FeatureStream": "datasets",
     "ModelFolder": "backbones",
     "Outcome": "executors",
-    "Pipeline": "spec",
+    "Pipeline": "pipeline",
     "SampleIndex": "index",
     "Unit": "plan",
     "UserError": "errors",
     "build_index": "index",
     "estimate": "plan",
     "extract": "runs",
+    "extract_all": "runs",
     "load_backbone": "backbones",
     "make_task": "extract",
     "pixel_map": "fitting",
@@ -65,6 +66,7 @@ __all__ = [
     "build_index",
     "estimate",
     "extract",
+    "extract_all",
     "load_backbone",
     "make_task",
     "pixel_map",
