@@ -53,7 +53,8 @@ def extracted(pipeline: Pipeline, url: str, device: str) -> FeatureStore:
 def difference(name: str, device: str) -> float:
     """Largest difference of a recipe's features over their largest value, of all arrays."""
     with tempfile.TemporaryDirectory() as folder:
-        pipeline = rehearsal(Pipeline.load(find_recipe(name)), Path(folder), n_samples=4)
+        file = Path(name) if name.endswith(".yaml") else find_recipe(name)
+        pipeline = rehearsal(Pipeline.load(file), Path(folder), n_samples=4)
         numeric = NumericSpec(**(pipeline.features.model_dump() | {"dtype": "float32"}))
         pipeline = pipeline.model_copy(update={"features": numeric})
         mine, other = (extracted(pipeline, f"{folder}/{d}.zarr", d) for d in ("cpu", device))
@@ -72,7 +73,7 @@ def main() -> int:
     """Compare, print, and say whether all is well."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("names", nargs="*", help="recipes (default: all published ones)")
+    parser.add_argument("names", nargs="*", help="recipes or files (default: all recipes)")
     arguments = parser.parse_args()
     names = arguments.names or [n for n in recipe_names() if not n.startswith("digits")]
     found: list[tuple[float, str]] = []
