@@ -67,6 +67,8 @@ def split_into_buckets(
     if spec is None or pipeline.store is None:
         raise SpecError(f"pipeline {pipeline.name!r} lacks buckets or store")
     long_side = images.size[0]
+    if images.shorter_side is not None:
+        raise SpecError("images.shorter_side has no meaning with buckets: images are not cropped")
     if images.size != (long_side, long_side) or long_side % spec.multiple:
         raise SpecError(
             f"images.size {list(images.size)}: with buckets it is the longer side, one number that "

@@ -24,7 +24,6 @@ from drl_data.errors import DrlDataError, SpecError, UserError
 from drl_data.pipeline import Pipeline, StoreSpec
 
 if TYPE_CHECKING:
-    from drl_data.diffusion_spec import ConditionSpec
     from drl_data.runs import Prepared, RunSummary
     from drl_data.store import FeatureStore
 
@@ -144,7 +143,7 @@ def plan(file: PipelineFile, tars: OverrideTars = None, store: OverrideStore = N
 
     pipeline = _load(file, tars, store)
     for prepared in prepare_all(pipeline, structure_only=True):
-        _print_plan(prepared, pipeline.condition)
+        _print_plan(prepared)
 
 
 @app.command()
@@ -367,7 +366,7 @@ def _parse_part(text: str | None) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
-def _print_plan(prepared: Prepared, condition: ConditionSpec) -> None:
+def _print_plan(prepared: Prepared) -> None:
     from drl_data.flops import count_forwards
     from drl_data.plan import estimate
 
@@ -386,13 +385,18 @@ def _print_plan(prepared: Prepared, condition: ConditionSpec) -> None:
         f"{spec.rows_per_unit} rows; fingerprint {spec.fingerprint()}",
         soft_wrap=True,
     )
+    for path in prepared.missing:
+        out.print(
+            f"planned without {path}, which is not there: with it, another fingerprint",
+            soft_wrap=True,
+        )
     if prepared.without_weights:
         out.print(
             "planned from the bundled configuration, without weights: theirs will be another "
             f"fingerprint (the configuration: {prepared.without_weights})",
             soft_wrap=True,
         )
-    flops = prepared.flops(condition)
+    flops = prepared.flops()
     n_views, forwards = max(spec.images.n_views, 1), count_forwards(spec)
     views = f"{n_views} views, each " if n_views > 1 else ""
     whole = f"{forwards.whole} whole forwards + " if forwards.whole else ""

@@ -92,6 +92,8 @@ def place(size: tuple[int, int], images: ImageSpec) -> Placement:
             would have more pixels than `max_pixels`.
     """
     height, width = images.size
+    if images.shorter_side is not None:
+        return _as_torchvision(size, images, images.shorter_side)
     if size == (height, width) or images.resize == "stretch":
         return Placement((height, width), (0, 0))
     if images.resize == "none":
@@ -109,6 +111,16 @@ def place(size: tuple[int, int], images: ImageSpec) -> Placement:
         corner = -((scaled_h - height) // 2), -((scaled_w - width) // 2)
     else:
         corner = (height - scaled_h) // 2, (width - scaled_w) // 2
+    return Placement((scaled_h, scaled_w), corner)
+
+
+def _as_torchvision(size: tuple[int, int], images: ImageSpec, shorter_side: int) -> Placement:
+    """torchvision's Resize(shorter_side) and CenterCrop(size), to the pixel."""
+    short = min(size)
+    scaled_h, scaled_w = (int(shorter_side * side / short) for side in size)
+    check_n_pixels((scaled_h, scaled_w), images)
+    height, width = images.size
+    corner = -round((scaled_h - height) / 2), -round((scaled_w - width) / 2)
     return Placement((scaled_h, scaled_w), corner)
 
 

@@ -26,9 +26,9 @@ from drl_data.fitting import FILTERS, check_n_pixels, fitted
 from drl_data.index import SampleIndex, TarInfo
 from drl_data.objects import Buffer, Folder, open_parent
 from drl_data.plan import InvalidRow, Unit
-from drl_data.spec import CropViews, ImageSpec
+from drl_data.spec import CropViews, ImageSpec, PaddedCropViews
 from drl_data.tar import GzipSource
-from drl_data.views import seeded_crop
+from drl_data.views import padded_crop, seeded_crop
 
 MAX_SPAN_BYTES = 64 << 20
 """Largest range that is fetched at once, unless one image is larger."""
@@ -127,16 +127,20 @@ def _as_chw(image: Image.Image, spec: ImageSpec) -> np.ndarray:
 
 
 def _views(image: Image.Image, spec: ImageSpec, key: str) -> Iterator[np.ndarray]:
-    whole = None
+    whole: Image.Image | None = None
     for view in spec.views:
         if isinstance(view, CropViews):
             for number in range(view.n):
                 crop = seeded_crop(image, spec.size, FILTERS[spec.filter], view, number, key)
                 yield _as_chw(crop, spec)
             continue
-        if whole is None:
-            whole = _as_chw(fitted(image, spec), spec)
-        yield whole if view == "id" else whole[..., ::-1]
+        whole = fitted(image, spec) if whole is None else whole
+        if isinstance(view, PaddedCropViews):
+            for number in range(view.n):
+                yield _as_chw(padded_crop(whole, view, number, key), spec)
+        else:
+            pixels = _as_chw(whole, spec)
+            yield pixels if view == "id" else pixels[..., ::-1]
 
 
 def _one_line(error: Exception) -> str:

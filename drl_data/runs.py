@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -42,15 +43,19 @@ class Prepared:
     arrays: tuple[ArraySpec, ...]
     times: tuple[ResolvedTime, ...]
     model: Model
+    condition: ConditionSpec
+    """With the place of its files, which the spec leaves out."""
+    missing: tuple[str, ...] = ()
+    """Files that the pipeline names but that are not there, where only its structure is asked."""
 
     @property
     def without_weights(self) -> str | None:
         """Name of the bundled configuration that stands in for the weights, or None."""
         return self.model.config_only if isinstance(self.model, ModelFolder) else None
 
-    def flops(self, condition: ConditionSpec) -> FeatureFlops:
+    def flops(self) -> FeatureFlops:
         """FLOPs for one image and one forward, counted on the meta device."""
-        return count_feature_flops(self.model, self.spec, extremes(condition, self.index)[0])
+        return count_feature_flops(self.model, self.spec, extremes(self.condition, self.index)[0])
 
 
 @dataclass
@@ -75,12 +80,16 @@ def prepare(
 
     No weights are loaded. Where the store exists already its index is reused if the tars have not
     changed, and its arrays if the spec is the same. With `structure_only` a hub id that is not at
-    hand is planned from its bundled configuration; the fingerprint is then not that of its weights.
-    `index` has the rows, where they are known already (a bucket's).
+    hand is planned from its bundled configuration, and files of weights, embeddings and noise may
+    be made later; the fingerprint is then not that of the run. `index` has the rows, where they are
+    known already (a bucket's).
 
     Raises:
         UserError: whatever is wrong with the pipeline, its tars or its model.
     """
+    missing: tuple[str, ...] = ()
+    if structure_only:
+        pipeline, missing = _without_missing_files(pipeline)
     backbone, schedule, store_spec = required_sections(pipeline)
     if pipeline.buckets is not None:
         raise SpecError(
@@ -94,7 +103,7 @@ def prepare(
         index = store.index
     else:
         index = build_index(pipeline.dataset)
-    model = find_model(backbone, structure_only=structure_only)
+    model, told = find_model(backbone, structure_only=structure_only), pipeline.condition
     bank = None if pipeline.noise.file is None else read_bank(pipeline.noise.file)
     draft = FeatureSpec(
         dataset=index.digest(),
@@ -104,8 +113,8 @@ def prepare(
         backbone_dtype=backbone.dtype,
         latents=pipeline.latents,
         # Where the embeddings lie is no content; their digest is.
-        condition=pipeline.condition.model_copy(update={"prompt_embeddings": None}),
-        condition_files=condition_files(pipeline.condition),
+        condition=told.model_copy(update={"prompt_embeddings": None}),
+        condition_files=condition_files(told),
         schedule=schedule,
         noise=by_content(pipeline.noise, bank),
         taps=pipeline.taps,
@@ -119,12 +128,36 @@ def prepare(
         rows = store.spec.rows_per_unit if wanted == "auto" else wanted
         spec = draft.model_copy(update={"rows_per_unit": rows})
         if spec == store.spec:
-            return Prepared(index, spec, store.arrays, store.times, model)
-    arrays, times = resolve_features(model, draft, extremes(pipeline.condition, index), bank)
+            return Prepared(index, spec, store.arrays, store.times, model, told, missing)
+    arrays, times = resolve_features(model, draft, extremes(told, index), bank)
     if wanted == "auto":
         wanted = auto_rows_per_unit(arrays, index.n_samples, draft.batch_size)
     spec = draft.model_copy(update={"rows_per_unit": wanted})
-    return Prepared(index, spec, arrays, times, model)
+    return Prepared(index, spec, arrays, times, model, told, missing)
+
+
+def _without_missing_files(pipeline: Pipeline) -> tuple[Pipeline, tuple[str, ...]]:
+    """The pipeline without the local files that it names but that are not there; their names."""
+    missing: list[str] = []
+
+    def is_missing(path: str | None) -> bool:
+        absent = path is not None and "://" not in path and not Path(path).exists()
+        if absent:
+            missing.append(str(path))
+        return absent
+
+    backbone, condition, noise = pipeline.backbone, pipeline.condition, pipeline.noise
+    if backbone is not None and is_missing(backbone.weights):
+        # Made of Python code or not, the structure is the same without its weights.
+        backbone = backbone.model_copy(update={"weights": None, "init": "random", "lora": ()})
+    elif backbone is not None and [lora for lora in backbone.lora if is_missing(lora.path)]:
+        backbone = backbone.model_copy(update={"lora": ()})
+    if is_missing(condition.prompt_embeddings):
+        condition = condition.model_copy(update={"prompt_embeddings": None})
+    if is_missing(noise.file):
+        noise = noise.model_copy(update={"file": None})
+    changes = {"backbone": backbone, "condition": condition, "noise": noise}
+    return pipeline.model_copy(update=changes), tuple(missing)
 
 
 def prepare_all(pipeline: Pipeline, *, structure_only: bool = False) -> list[Prepared]:

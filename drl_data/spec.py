@@ -30,6 +30,7 @@ from drl_data.errors import SpecError
 from drl_data.spec_base import (
     ITEMSIZE,
     DType,
+    Positive,
     SizePair,
     Spec,
     StorageDType,
@@ -95,6 +96,24 @@ class CropViews(Spec):
         return self
 
 
+VIEW_NAMES = {"seeded": "crop", "padded": "padded"}
+
+
+class PaddedCropViews(Spec):
+    """`n` views of the fitted image padded by `padding` black pixels on every side and cropped to
+    its size again at a random place, flipped with probability one half: CIFAR's augmentation (He et
+    al. 2016, section 4.2; torchvision's RandomCrop).
+
+    A crop is a function of (seed, key of the sample, number of the view).
+    """
+
+    crop: Literal["padded"]
+    n: Annotated[int, Field(ge=1)] = 1
+    seed: int = 0
+    padding: Positive = 4
+    flip: bool = True
+
+
 class ImageSpec(Spec):
     """From bytes to pixels [c, h, w] uint8: decode, orient, composite, resize, crop.
 
@@ -112,6 +131,10 @@ class ImageSpec(Spec):
     size: Annotated[SizePair, BeforeValidator(size_pair)]
     """Height and width in pixels, or one number for both."""
     resize: Literal["shortest", "stretch", "none", "pad"] = "shortest"
+    shorter_side: Positive | None = None
+    """What `shortest` scales the shorter side to, before the centre is cropped to `size`; not said:
+    as much as the size needs. With it, sizes and corners are rounded as torchvision's Resize and
+    CenterCrop do: 256 and then 224 is how DINO, MSN and MoCo are evaluated."""
     fill: Literal["edge"] | tuple[Channel, Channel, Channel] = (0, 0, 0)
     """What `pad` fills with: a colour, RGB 0..255, or the nearest pixels of the image."""
     filter: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = "bicubic"
@@ -127,7 +150,7 @@ class ImageSpec(Spec):
     max_pixels: int = 178_956_970
     """An image with more pixels than this is refused before it is decoded (Pillow's bomb limit)."""
 
-    views: tuple[Literal["id", "hflip"] | CropViews, ...] = ()
+    views: tuple[Literal["id", "hflip"] | CropViews | PaddedCropViews, ...] = ()
     """Views of each image that features are computed of: `id` (the image), `hflip` (mirrored), and
     crops. With any, the store has an axis `view`, in this order; without, none."""
     frames: Annotated[int, Field(ge=1)] = 1
@@ -140,6 +163,16 @@ class ImageSpec(Spec):
     def _each_of_several(self) -> ImageSpec:
         if self.frame_latents == "each" and self.frames == 1:
             raise ValueError("frame_latents has a meaning with frames above 1 only")
+        return self
+
+    @model_validator(mode="after")
+    def _shorter_side_covers(self) -> ImageSpec:
+        if self.shorter_side is None:
+            return self
+        if self.resize != "shortest":
+            raise ValueError(f"shorter_side belongs to resize: shortest, not {self.resize}")
+        if self.shorter_side < max(self.size):
+            raise ValueError(f"shorter_side {self.shorter_side}: less than size {list(self.size)}")
         return self
 
     @model_validator(mode="after")
@@ -157,14 +190,15 @@ class ImageSpec(Spec):
 
     @property
     def view_names(self) -> tuple[str, ...]:
-        """`id`, `hflip`, `crop-SEED-NUMBER`: one for each entry of the axis `view`."""
+        """`id`, `hflip`, `crop-SEED-NUMBER`, `padded-SEED-NUMBER`: one for each entry of the axis
+        `view`."""
         return tuple(
             name
             for view in self.views
             for name in (
-                [f"crop-{view.seed}-{i}" for i in range(view.n)]
-                if isinstance(view, CropViews)
-                else [view]
+                [view]
+                if isinstance(view, str)
+                else [f"{VIEW_NAMES[view.crop]}-{view.seed}-{i}" for i in range(view.n)]
             )
         )
 

@@ -6,9 +6,9 @@ import hashlib
 import math
 import random
 
-from PIL import Image
+from PIL import Image, ImageOps
 
-from drl_data.spec import CropViews
+from drl_data.spec import CropViews, PaddedCropViews
 
 _TRIES = 10
 
@@ -26,13 +26,30 @@ def seeded_crop(
     A function of the image and of (view.seed, number, key): the generator is Python's, which is
     specified, seeded by a BLAKE2b digest.
     """
-    name = f"crop\x1f{view.seed}\x1f{number}\x1f{key}".encode("utf-8", "surrogatepass")
-    digest = hashlib.blake2b(name, digest_size=8).digest()
-    generator = random.Random(int.from_bytes(digest, "little"))
+    generator = _generator("crop", view.seed, number, key)
     box = crop_box(image.size, view, generator)
     flip = view.flip and generator.random() < 0.5
     cropped = image.resize((size[1], size[0]), resample, box=box)
     return cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else cropped
+
+
+def padded_crop(image: Image.Image, view: PaddedCropViews, number: int, key: str) -> Image.Image:
+    """The image moved by up to `view.padding` pixels each way over black, and perhaps mirrored.
+
+    A function of the image and of (view.seed, number, key), as `seeded_crop`.
+    """
+    generator = _generator("padded", view.seed, number, key)
+    left, top = (generator.randint(0, 2 * view.padding) for _ in range(2))
+    flip = view.flip and generator.random() < 0.5
+    padded = ImageOps.expand(image, view.padding)
+    cropped = padded.crop((left, top, left + image.width, top + image.height))
+    return cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else cropped
+
+
+def _generator(kind: str, seed: int, number: int, key: str) -> random.Random:
+    name = f"{kind}\x1f{seed}\x1f{number}\x1f{key}".encode("utf-8", "surrogatepass")
+    digest = hashlib.blake2b(name, digest_size=8).digest()
+    return random.Random(int.from_bytes(digest, "little"))
 
 
 def crop_box(

@@ -206,6 +206,9 @@ def test_what_buckets_cannot_be_is_refused(tars: Path, model: Path, tmp_path: Pa
         given = pipeline(tars, model, tmp_path, images={"size": size})
         with pytest.raises(SpecError, match="with buckets it is the longer side"):
             split_into_buckets(given, index)
+    crops = pipeline(tars, model, tmp_path, images={"size": 48, "shorter_side": 64})
+    with pytest.raises(SpecError, match="images are not cropped"):
+        split_into_buckets(crops, index)
     with pytest.raises(SpecError, match="has buckets, which are a store each"):
         extract(pipeline(tars, model, tmp_path))
     with pytest.raises(SpecError, match="lacks buckets or store"):

@@ -339,6 +339,19 @@ def test_every_hub_id_has_one_bundle_and_is_planned_from_it(
         find_model(BackboneSpec(model="owner/name", revision="main"), structure_only=True)
 
 
+def test_other_weights_of_an_architecture_are_planned_from_its_bundle_and_never_loaded_as_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    spec = BackboneSpec(model="CompVis/stable-diffusion-v1-4", revision="main")
+    folder = find_model(spec, structure_only=True)
+    assert isinstance(folder, ModelFolder)
+    assert folder.root.name == "stable-diffusion-v1-5"
+    assert spec.model not in hub_ids(folder.root)  # they would be tried in its place
+    with pytest.raises(WeightsError, match="CompVis/stable-diffusion-v1-4"):
+        find_model(spec)
+
+
 def test_an_unknown_bundle_names_the_nearest() -> None:
     with pytest.raises(WeightsError, match=r"bundled:dinov2-bas'; nearest: dinov2-base"):
         find_model(bundled("dinov2-bas"))

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from drl_data.cli import app
-from drl_data.errors import WeightsError
+from drl_data.errors import UserError, WeightsError
 from drl_data.pipeline import Pipeline
 from drl_data.runs import extract
 from drl_data.testing import write_photo_tars
@@ -51,6 +51,24 @@ noise: {{members: 4}}
 taps: [up_blocks.1]
 store: {{url: store.zarr}}
 """
+
+
+def test_plan_does_without_files_that_are_yet_to_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    write_photo_tars(tmp_path / "tars", n_samples=4)
+    file = tmp_path / "dift.yaml"
+    hub = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    text = PIPELINE.format(tars=tmp_path / "tars", model=hub)
+    text = text.replace("backbone: {", "backbone: {weights: unet.safetensors, ")
+    file.write_text(text + "\ncondition: {prompt_embeddings: learnt.safetensors}\n")
+    output = " ".join(run("plan", str(file)).split())
+    assert "1280x32x32" in output
+    for name in ("unet.safetensors", "learnt.safetensors"):
+        assert f"planned without {tmp_path / name}, which is not there" in output
+    with pytest.raises(UserError):
+        extract(Pipeline.load(file))
 
 
 def test_plan_prints_flops_and_extract_asks_for_the_weights(

@@ -224,9 +224,9 @@ def test_an_inversion_tells_each_sample_its_own_text(photos: Path, tmp_path: Pat
 
 def test_flops_of_conditions_that_differ_are_those_of_one(photos: Path, tmp_path: Path) -> None:
     model = save_tiny_stable_diffusion(tmp_path / "sd")
-    conditions = ConditionSpec(template="a {label}"), ConditionSpec(prompt="a cat")
-    told = {"template": "a {label}"}
-    prepared = prepare(inversion(photos, model, tmp_path / "s", **told))
-    one, other = (prepared.flops(condition) for condition in conditions)
+    one, other = (
+        prepare(inversion(photos, model, tmp_path / "s", **told)).flops()
+        for told in ({"template": "a {label}"}, {"prompt": "a cat"})
+    )
     assert one == other
     assert one.whole > one.cut > 0

@@ -99,6 +99,40 @@ def test_known_maps() -> None:
         pixel_map((400, 500), images_of((64, 80), "none"))
 
 
+@pytest.mark.parametrize(
+    ("size", "resized", "corner"),
+    [
+        # Resize(256) makes the longer side int(256 * long / short); CenterCrop(224) begins at
+        # round((side - 224) / 2), which Python rounds to even
+        ((480, 640), (256, 341), (-16, -58)),
+        ((640, 480), (341, 256), (-58, -16)),
+        ((333, 500), (256, 384), (-16, -80)),
+        ((224, 224), (256, 256), (-16, -16)),
+        ((100, 101), (256, 258), (-16, -17)),
+    ],
+)
+def test_a_shorter_side_is_torchvisions(
+    size: tuple[int, int], resized: tuple[int, int], corner: tuple[int, int]
+) -> None:
+    spec = ImageSpec(size=224, shorter_side=256)
+    placed = place(size, spec)
+    assert (placed.size, placed.corner) == (resized, corner)
+    height, width = size
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8)
+    image = Image.fromarray(pixels)
+    top, left = -corner[0], -corner[1]
+    want = image.resize(resized[::-1], Image.Resampling.BICUBIC)
+    want = want.crop((left, top, left + 224, top + 224))
+    assert np.array_equal(np.asarray(fitted(image, spec)), np.asarray(want))
+
+
+def test_a_shorter_side_must_cover_the_size() -> None:
+    with pytest.raises(ValueError, match="shorter_side 200: less than size"):
+        ImageSpec(size=224, shorter_side=200)
+    with pytest.raises(ValueError, match="shorter_side belongs to resize: shortest"):
+        ImageSpec(size=224, shorter_side=256, resize="stretch")
+
+
 def test_a_mirrored_view_has_the_mirrored_map() -> None:
     pixels = np.zeros((20, 40, 3), np.uint8)
     pixels[4:8, 8:12] = 255

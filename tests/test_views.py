@@ -24,11 +24,11 @@ from drl_data.noise import draw_normal
 from drl_data.pipeline import Pipeline
 from drl_data.plan import estimate
 from drl_data.runs import extract
-from drl_data.spec import CropViews, ImageSpec
+from drl_data.spec import CropViews, ImageSpec, PaddedCropViews
 from drl_data.store import FeatureStore
 from drl_data.testing import write_photo_tars
 from drl_data.tiny_models import save_tiny_ddpm
-from drl_data.views import crop_box, seeded_crop
+from drl_data.views import crop_box, padded_crop, seeded_crop
 
 from .stores import RUN, invalid_row, make_array, make_store, reference
 
@@ -113,6 +113,48 @@ def test_half_of_the_crops_are_mirrored() -> None:
         assert mirrored or np.array_equal(np.asarray(got), plain)
         n_mirrored += mirrored
     assert 30 < n_mirrored < 70
+
+
+def test_a_padded_crop_is_the_image_moved_over_black() -> None:
+    """By at most the padding, each way alike; the same for one (seed, number, key) and no other."""
+    plain = np.asarray(Image.open(io.BytesIO(photo())).convert("L").resize((16, 16)))
+    wide = np.pad(plain, 3)
+    places = set()
+    for number in range(300):
+        view = PaddedCropViews(crop="padded", padding=3, n=300)
+        image = Image.fromarray(plain)
+        got = np.asarray(padded_crop(image, view, number, "key"))
+        assert np.array_equal(got, np.asarray(padded_crop(image, view, number, "key")))
+        found = [
+            (top, left, mirrored)
+            for top in range(7)
+            for left in range(7)
+            for mirrored in (False, True)
+            if np.array_equal(
+                got[:, ::-1] if mirrored else got, wide[top : top + 16, left : left + 16]
+            )
+        ]
+        assert len(found) == 1
+        places |= set(found)
+    assert {place[:2] for place in places} == {(y, x) for y in range(7) for x in range(7)}
+    assert {place[2] for place in places} == {False, True}
+    still = PaddedCropViews(crop="padded", padding=3, flip=False)
+    other = [np.asarray(padded_crop(Image.fromarray(plain), still, 0, key)) for key in "abc"]
+    assert len({x.tobytes() for x in other}) > 1
+
+
+def test_padded_crops_are_views_like_others() -> None:
+    crops = PaddedCropViews(crop="padded", n=2, seed=5)
+    spec = ImageSpec(size=16, resize="stretch", views=["id", crops])
+    assert spec.view_names == ("id", "padded-5-0", "padded-5-1")
+    views = decode_views(photo(), spec, "key")
+    whole = Image.open(io.BytesIO(photo())).convert("RGB")
+    plain = whole.resize((16, 16), Image.Resampling.BICUBIC)
+    assert np.array_equal(views[0], np.asarray(plain).transpose(2, 0, 1))
+    want = padded_crop(plain, crops, 1, "key")
+    assert np.array_equal(views[2], np.asarray(want).transpose(2, 0, 1))
+    read = ImageSpec.model_validate(spec.model_dump(mode="json"))
+    assert read == spec  # the two kinds of crops are told apart
 
 
 @pytest.mark.parametrize(

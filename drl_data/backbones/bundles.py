@@ -3,7 +3,8 @@
 `drl_data/assets/NAME` holds weights. `drl_data/configs/NAME` is the folder of a named model in its
 own layout, less the weights: enough for shapes, FLOPs and plans on the meta device, and for
 `init: random`. Its source.json says where the weights are: {"hub": [ids, the living one first],
-"image_size": the side in pixels that the model was trained at}.
+"alike": [ids of other weights for the same architecture], "image_size": the side in pixels that the
+model was trained at}.
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ def bundle_folder(name: str) -> Path:
 
 
 def bundle_of(hub_id: str) -> str | None:
-    """The bundled configuration of a hub id, or None."""
+    """The bundled configuration of a hub id, or of one of the same architecture; or None."""
     for name in bundle_names():
-        if hub_id in hub_ids(bundle_folder(name)):
+        root = bundle_folder(name)
+        if hub_id in (*hub_ids(root), *_ids(root, "alike")):
             return name
     return None
 
@@ -51,14 +53,18 @@ def is_config_only(root: Path) -> bool:
 
 def hub_ids(root: Path) -> tuple[str, ...]:
     """Hub ids that have the weights of a bundled configuration."""
-    hub = _source(root).get("hub", [])
-    return tuple(str(name) for name in hub) if isinstance(hub, list) else ()
+    return _ids(root, "hub")
 
 
 def bundled_image_size(root: Path) -> int | None:
     """Side in pixels that a bundled model was trained at."""
     size = _source(root).get("image_size")
     return size if isinstance(size, int) else None
+
+
+def _ids(root: Path, kind: str) -> tuple[str, ...]:
+    names = _source(root).get(kind, [])
+    return tuple(str(name) for name in names) if isinstance(names, list) else ()
 
 
 def _source(root: Path) -> dict[str, object]:
