@@ -13,43 +13,36 @@ import queue
 import resource
 import socket
 import sys
-import threading
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from drl_data.backbones import Backbone, Model, find_model, load_backbone
+from drl_data.backbones import Backbone, find_model, load_backbone
 from drl_data.conditions import SampleConditions
 from drl_data.diffusion_spec import ConditionSpec
-from drl_data.errors import FeatureError, SpecError, StoreMismatchError, TapError
+from drl_data.errors import FeatureError, StoreMismatchError, TapError
 from drl_data.features import FeatureComputer
 from drl_data.fits import fitted
-from drl_data.flops import FeatureFlops
 from drl_data.images import ImageBatch, read_batches
-from drl_data.noise import noise_shape, noise_table
+from drl_data.metering import ByteBudget, Clock
 from drl_data.noise_bank import bank_digest, read_bank
 from drl_data.pipeline import RunSpec
 from drl_data.plan import InvalidRow, Unit
 from drl_data.quantise import (
-    COMPANIONS,
     DamageMeter,
-    companions,
     from_storage,
     storage_buffer,
     to_storage,
 )
 from drl_data.receipts import Damage, Receipt, RunRecord, UnitCounts
-from drl_data.schedule import NoSchedule, resolve_times
-from drl_data.spec import ArraySpec, BackboneSpec, FeatureSpec, ImageSpec, ResolvedTime
+from drl_data.spec import BackboneSpec, ImageSpec
 from drl_data.spec_base import file_digest
 from drl_data.store import FeatureStore
-from drl_data.tap_sites import LOSS
 from drl_data.taps import ResolvedTap
 
 RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "numpy", "pillow", "drl-data")
@@ -271,108 +264,6 @@ def condition_files(condition: ConditionSpec) -> dict[str, str]:
     return {} if path is None else {"prompt_embeddings": file_digest(path)}
 
 
-def resolve_features(
-    model: Model,
-    spec: FeatureSpec,
-    conditions: Sequence[ConditionSpec],
-    bank: Tensor | None = None,
-) -> tuple[tuple[ArraySpec, ...], tuple[ResolvedTime, ...]]:
-    """Arrays and timesteps of a spec from the structure of its model alone, on the meta device.
-
-    `conditions` are those that the model must be able to take; shapes are the first one's. `bank`
-    is what the file that `spec.noise` names holds.
-
-    Raises:
-        SpecError, TapError: if the model cannot do what the spec asks for.
-    """
-    backbone = load_backbone(model, "meta")
-    taps = backbone.resolve(spec.taps)
-    times = resolve_times(backbone.schedule_for(spec.images), spec.schedule, spec.noise)
-    _check_corruption(backbone, spec, bank)
-    for condition in conditions[1:]:
-        backbone.conditioning(condition)
-    check_losses(taps, spec)
-    _check_lengths(backbone, taps, spec)
-    inside = [tap for tap in taps if tap.site != LOSS]
-    made = {
-        array.name: array
-        for array in backbone.arrays(inside, spec.images, conditions[0], times[0], spec.dtype)
-    }
-    found = [made.get(tap.name) or loss_array(tap, spec) for tap in taps]
-    arrays = [array.model_copy(update={"views": spec.images.n_views}) for array in found]
-    return tuple(part for array in arrays for part in (array, *companions(array))), times
-
-
-def check_losses(taps: Sequence[ResolvedTap], spec: FeatureSpec) -> None:
-    """Raise SpecError unless the taps `loss` and the candidates go together, and with the noise."""
-    losses = [tap for tap in taps if tap.site == LOSS]
-    if not losses and spec.condition.candidates:
-        raise SpecError(
-            "condition.candidates: they are for the tap `loss`; add it, or tell a prompt"
-        )
-    if not losses:
-        return
-    if not spec.condition.candidates:
-        raise SpecError("tap loss: it scores images against condition.candidates; name them")
-    if len(losses) < len(taps):
-        raise SpecError(
-            "tap loss: other taps are told one condition, and this has several; give them a "
-            "pipeline of their own"
-        )
-    if spec.noise.kind in ("none", "patch_mask", "inversion"):
-        raise SpecError(f"tap loss: noise.kind {spec.noise.kind} adds no noise to be predicted")
-    if spec.dtype in COMPANIONS:
-        raise SpecError(f"tap loss: features.dtype {spec.dtype} is for channels; want float32")
-    if any(tap.reduce for tap in losses):
-        raise SpecError("tap loss: it has no reductions; reduce the table when it is read")
-
-
-def _check_lengths(backbone: Backbone, taps: Sequence[ResolvedTap], spec: FeatureSpec) -> None:
-    """Raise TapError for text tokens whose number each sample's own prompt decides."""
-    ragged = [tap for tap in taps if spec.condition.per_sample and backbone.is_ragged(tap)]
-    if ragged:
-        raise TapError(
-            f"tap {ragged[0].address}: this model does not pad prompts to one length, so that text "
-            "tokens of samples with prompts of their own make no array; tap image tokens, or tell "
-            "all samples one prompt"
-        )
-
-
-def loss_array(tap: ResolvedTap, spec: FeatureSpec) -> ArraySpec:
-    """The table of a tap `loss`: [candidate, member] for each row and timestep."""
-    return ArraySpec(
-        name=tap.name,
-        tap=tap.address,
-        dims=("candidate", "member"),
-        shape=(len(spec.condition.candidates), spec.noise.members),
-        dtype=spec.dtype,
-    )
-
-
-def count_feature_flops(model: Model, spec: FeatureSpec, condition: ConditionSpec) -> FeatureFlops:
-    """FLOPs for one image and one forward of a spec, from the model's structure alone."""
-    backbone = load_backbone(model, "meta")
-    return backbone.flops(backbone.resolve(spec.taps), spec.images, condition)
-
-
-def _check_corruption(backbone: Backbone, spec: FeatureSpec, bank: Tensor | None) -> None:
-    """Raise SpecError, before any worker starts, for noise or latents that cannot be had."""
-    if isinstance(backbone.schedule, NoSchedule) and spec.noise.kind != "none":
-        raise SpecError(
-            f"noise.kind {spec.noise.kind}: this model knows no noise (schedule.convention none); "
-            "write `noise: {kind: none}`"
-        )
-    shape = backbone.input_shape(spec.images)
-    noise_shape(spec.noise, shape)
-    if bank is not None:
-        noise_table(spec.noise, shape, len(spec.schedule.timesteps), bank)
-    if spec.latents.scale == "per_channel":
-        frame = (1, spec.images.n_channels, *spec.images.size)
-        pixels = torch.empty(frame, dtype=backbone.dtype, device=backbone.device)
-        with torch.no_grad():
-            backbone.encode(pixels).latents(None, scale=spec.latents.scale)
-
-
 def use_exact_float32() -> None:
     """Let float32 mean float32: NVIDIA's convolutions would silently round to TF32."""
     torch.backends.cudnn.allow_tf32 = False
@@ -435,81 +326,6 @@ def _copy_rows(host: Tensor, rows: Sequence[int], x: Tensor) -> None:
 
 def _as_numpy(x: Tensor) -> np.ndarray:
     return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
-
-
-class ByteBudget:
-    """A bound on bytes in flight; who asks for more than the whole budget waits to be alone."""
-
-    def __init__(self, total: int) -> None:
-        self._total = total
-        self._used = 0
-        self._changed = threading.Condition()
-
-    @contextmanager
-    def reserve(self, n_bytes: int) -> Iterator[None]:
-        """Hold `n_bytes` of the budget; blocks until they are free."""
-        n_bytes = min(n_bytes, self._total)
-        with self._changed:
-            self._changed.wait_for(lambda: self._used + n_bytes <= self._total)
-            self._used += n_bytes
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._used -= n_bytes
-                self._changed.notify_all()
-
-
-class Clock:
-    """Seconds by stage; on a GPU by events, so that timing does not synchronise."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._seconds: dict[str, float] = defaultdict(float)
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-
-    def add(self, stage: str, seconds: float) -> None:
-        """Add seconds that were measured elsewhere."""
-        self._seconds[stage] += seconds
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time what happens inside."""
-        if self._cuda:
-            begin, end = (
-                torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-                for _ in range(2)
-            )
-            begin.record()
-            yield
-            end.record()
-            self._events.append((name, begin, end))
-        else:
-            start = time.perf_counter()
-            yield
-            self._seconds[name] += time.perf_counter() - start
-
-    def waiting(self, batches: Iterator[ImageBatch]) -> Iterator[ImageBatch]:
-        """The same batches; the time until each one comes is `wait`."""
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
-            self._seconds["wait"] += time.perf_counter() - start
-            if batch is None:
-                return
-            yield batch
-
-    def synchronize(self) -> None:
-        """Wait for the device; the one synchronisation of a unit."""
-        if self._cuda:
-            torch.cuda.current_stream().synchronize()
-
-    def seconds(self) -> dict[str, float]:
-        """Totals so far."""
-        for name, begin, end in self._events:
-            self._seconds[name] += begin.elapsed_time(end) / 1000
-        self._events.clear()
-        return dict(self._seconds)
 
 
 def _peak_bytes(device: torch.device) -> int:

@@ -19,7 +19,7 @@ from drl_data.conditions import extremes
 from drl_data.diffusion_spec import ConditionSpec, ScheduleSpec
 from drl_data.errors import SpecError
 from drl_data.executors import Outcome, run_local, run_ray
-from drl_data.extract import condition_files, count_feature_flops, make_task, resolve_features
+from drl_data.extract import condition_files, make_task
 from drl_data.flops import FeatureFlops
 from drl_data.index import SampleIndex, build_index, is_current
 from drl_data.noise_bank import by_content, read_bank
@@ -27,6 +27,7 @@ from drl_data.pipeline import Pipeline, StoreSpec
 from drl_data.plan import Unit, auto_rows_per_unit, select_units
 from drl_data.progress import SILENT, Progress
 from drl_data.receipts import Receipt
+from drl_data.resolve import count_feature_flops, resolve_features
 from drl_data.spec import ArraySpec, BackboneSpec, FeatureSpec, ResolvedTime
 from drl_data.store import FeatureStore
 from drl_data.threads import one_thread

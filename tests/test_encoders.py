@@ -23,8 +23,8 @@ from transformers import (
 from drl_data.backbones import Backbone, Conditioning, ModelFolder, find_model, load_backbone
 from drl_data.diffusion_spec import ConditionSpec, LatentSpec, NoiseSpec, ScheduleSpec
 from drl_data.errors import SpecError, TapError, WeightsError
-from drl_data.extract import resolve_features
 from drl_data.features import FeatureComputer
+from drl_data.resolve import resolve_features
 from drl_data.spec import BackboneSpec, FeatureSpec, ImageSpec, TapSpec
 from drl_data.tiny_models import TINY_ENCODERS, save_tiny_clip, save_tiny_encoder
 

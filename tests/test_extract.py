@@ -24,8 +24,9 @@ from drl_data.backbones import ModelFolder, load_backbone
 from drl_data.datasets import FeatureStream
 from drl_data.diffusion_spec import ConditionSpec, ScheduleSpec
 from drl_data.errors import SpecError, StoreMismatchError, TapError
-from drl_data.extract import ByteBudget, make_task
+from drl_data.extract import make_task
 from drl_data.features import FeatureComputer
+from drl_data.metering import ByteBudget
 from drl_data.noise import draw_normal
 from drl_data.objects import open_folder
 from drl_data.pipeline import Pipeline, RunSpec, StoreSpec
