@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from drl_data.attention import AttentionWatch, Operand
 from drl_data.errors import TapError
 from drl_data.reduce import PROBABILITIES, at_source, reduce
-from drl_data.tap_sites import is_text
+from drl_data.tap_sites import is_text, n_heads
 from drl_data.taps import ResolvedTap
 
 OPERANDS: Mapping[str, Operand] = {"attn.query": "query", "attn.key": "key"}
@@ -127,7 +127,7 @@ def _hooks(
             if tap.site == "attn.probs" or tap.site in OPERANDS:
                 watched[tap.module].append(tap)
             else:
-                handles.append(_hook(model.get_submodule(tap.module), tap, take, streams))
+                handles.append(_hook(model, tap, take, streams))
         if watched:
             watch = AttentionWatch(
                 {
@@ -161,8 +161,9 @@ def _watch(module: nn.Module, path: str, watch: AttentionWatch) -> list[Removabl
 
 
 def _hook(
-    module: nn.Module, tap: ResolvedTap, take: Take, streams: Streams | None
+    model: nn.Module, tap: ResolvedTap, take: Take, streams: Streams | None
 ) -> RemovableHandle:
+    module, heads = model.get_submodule(tap.module), _heads_apart(model, tap.module)
     if tap.site in ("in", "modulation"):
 
         def before(_: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
@@ -170,22 +171,43 @@ def _hook(
                 take(tap, _apply_parts(tap, _modulation_of(tap, module, (*args, *kwargs.values())),
                                        tap.parts, streams))  # fmt: skip
             else:
-                take(tap, _tensor_of(tap, (*args, *kwargs.values()), streams, text_first=False))
+                given = tuple(_together(x, heads) for x in (*args, *kwargs.values()))
+                take(tap, _tensor_of(tap, given, streams, text_first=False))
 
         return module.register_forward_pre_hook(before, with_kwargs=True)
 
     def after(_: nn.Module, args: tuple[object, ...], output: object) -> None:
-        take(tap, _tensor_of(tap, output, streams, text_first=_gives_text_first(module)))
+        value = _together(output, heads)
+        take(tap, _tensor_of(tap, value, streams, text_first=_gives_text_first(module)))
 
     return module.register_forward_hook(after)
 
 
 def image_output(
-    path: str, module: nn.Module, output: object, streams: Streams | None
+    model: nn.Module, path: str, output: object, streams: Streams | None
 ) -> Tensor | None:
     """What a tap on a module's output takes by default; None where there is no tensor."""
-    found = _choose(output, (), streams, text_first=_gives_text_first(module))[0]
+    value = _together(output, _heads_apart(model, path))
+    text_first = _gives_text_first(model.get_submodule(path))
+    found = _choose(value, (), streams, text_first=text_first)[0]
     return None if found is None else _by_default(path, found, streams)
+
+
+def _heads_apart(model: nn.Module, path: str) -> int | None:
+    """Heads of the attention whose norm of queries or keys a module is; None for others."""
+    parent, _, name = path.rpartition(".")
+    is_norm = name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+    return n_heads(model.get_submodule(parent)) if is_norm else None
+
+
+def _together(value: object, heads: int | None) -> object:
+    """Tokens [b, n, h d] of the [b, n, h, d] or [b, h, n, d] that a norm of each head sees; any
+    other value as it is. With as many tokens as heads they are taken for [b, n, h, d]."""
+    if heads is None or not isinstance(value, Tensor) or value.ndim != 4:
+        return value
+    if value.shape[2] == heads:
+        return value.flatten(2)
+    return value.transpose(1, 2).flatten(2) if value.shape[1] == heads else value
 
 
 def _gives_text_first(module: nn.Module) -> bool:

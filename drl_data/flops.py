@@ -72,7 +72,7 @@ def trace(
     model: nn.Module,
     forward: Callable[[], object],
     *,
-    select: Callable[[str, nn.Module, object], Tensor | None],
+    select: Callable[[str, object], Tensor | None],
 ) -> tuple[list[ModuleCall], int]:
     """Every module that puts out a tensor, in the order of the tree, and the FLOPs of the whole.
 
@@ -83,7 +83,7 @@ def trace(
 
     def note(path: str) -> Callable[[nn.Module, object, object], None]:
         def hook(module: nn.Module, _: object, output: object) -> None:
-            tensor = select(path, module, output)
+            tensor = select(path, output)
             if tensor is not None and path not in calls:
                 through = int(counter.get_total_flops())
                 calls[path] = ModuleCall(path, type(module).__name__, tensor, through)

@@ -673,6 +673,35 @@ def test_predictions_of_flow_models_are_latents(backbones: dict[str, Backbone]) 
         assert torch.equal(got["eps"][0], x + time.alpha * v)
 
 
+@torch.no_grad()
+def test_norms_of_each_head_give_tokens(
+    models: dict[str, Path], backbones: dict[str, Backbone]
+) -> None:
+    """Their heads come before the tokens in SD3 and after them in Flux; neither is a map."""
+    attn = "transformer_blocks.1.attn"
+    got = denoise(backbones["sd3"], "sd3", [f"{attn}.norm_q", f"{attn}@attn.query"])
+    query, dims = got[f"{attn}-attn.query"]  # SD3 does not rotate them
+    assert dims == ("channel", "height", "width")
+    assert got[f"{attn}.norm_q"][1] == dims
+    assert torch.equal(got[f"{attn}.norm_q"][0], query)
+    single = "single_transformer_blocks.1.attn"
+    norms = [f"{single}.norm_q", f"{single}.norm_q@in", f"{attn}.norm_added_k"]
+    found = denoise(backbones["flux"], "flux", norms)
+    x = latents_of(backbones["flux"])
+    other = load_backbone(find(models["flux"]), "cpu")  # its hooks stay
+    kept = hooked(other.network, f"{single}.norm_q", f"{single}.to_q")
+    other.forward(x, torch.full((2,), 0.26), other.conditioning(CAT).expand(2))
+    normed, projected = kept[f"{single}.norm_q"], kept[f"{single}.to_q"]
+    assert isinstance(normed, Tensor)
+    assert isinstance(projected, Tensor)
+    assert normed.shape == (2, 512 + 24, 2, 16)
+    assert torch.equal(found[f"{single}.norm_q"][0], as_map(normed.flatten(2)[:, 512:], 4, 6))
+    assert torch.equal(found[f"{single}.norm_q-in"][0], as_map(projected[:, 512:], 4, 6))
+    assert found[f"{attn}.norm_added_k"][1] == ("token", "channel")
+    listed = {m.path: m for m in backbones["flux"].modules(IMAGES, CAT)}
+    assert listed[f"{single}.norm_q"].shape == (32, 4, 6)
+
+
 def test_packing_is_that_of_the_pipeline() -> None:
     x = torch.randn(2, 16, 8, 12)
     assert torch.equal(pack(x), FluxPipeline._pack_latents(x, 2, 16, 8, 12))

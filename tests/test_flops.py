@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -34,8 +35,8 @@ class Two(nn.Module):
         return h, self.last(h.mean((2, 3)))
 
 
-def image_of(path: str, module: nn.Module, output: object) -> Tensor | None:
-    return image_output(path, module, output, None)
+def image_of(model: nn.Module) -> Callable[[str, object], Tensor | None]:
+    return lambda path, output: image_output(model, path, output, None)
 
 
 CONV = 2 * 2 * 3 * 9 * 64
@@ -49,7 +50,7 @@ def test_a_multiply_and_an_add_are_two() -> None:
 
 def test_modules_come_in_order_with_what_is_done_at_their_end() -> None:
     model = nn.Sequential(Two())
-    calls, total = trace(model, lambda: model(torch.zeros(1, 3, 8, 8)), select=image_of)
+    calls, total = trace(model, lambda: model(torch.zeros(1, 3, 8, 8)), select=image_of(model))
     assert total == CONV + LAST
     assert [(c.path, c.kind, tuple(c.output.shape), c.flops_through) for c in calls] == [
         ("0", "Two", (1, 2, 8, 8), CONV + LAST),
@@ -62,7 +63,7 @@ def test_modules_come_in_order_with_what_is_done_at_their_end() -> None:
 def test_a_module_that_is_called_twice_counts_to_the_end_of_its_first_call() -> None:
     shared = nn.Linear(4, 4)
     model = nn.Sequential(shared, shared)
-    calls, total = trace(model, lambda: model(torch.zeros(1, 4)), select=image_of)
+    calls, total = trace(model, lambda: model(torch.zeros(1, 4)), select=image_of(model))
     assert [(c.path, c.flops_through) for c in calls] == [("0", 32)]
     assert total == 64
 

@@ -80,7 +80,7 @@ class AutoencoderBackbone(Backbone):
             calls, total = trace(
                 self.vae,
                 lambda: self.encode(pixels),
-                select=lambda path, module, output: image_output(path, module, output, None),
+                select=lambda path, output: image_output(self.vae, path, output, None),
             )
 
         def described(path: str, kind: str, output: Tensor, through: int) -> TappableModule:

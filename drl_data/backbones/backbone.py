@@ -413,7 +413,7 @@ class Backbone(ABC):
             calls, total = trace(
                 self.network,
                 lambda: self.forward(x, time, told),
-                select=lambda path, module, output: image_output(path, module, output, streams),
+                select=lambda path, output: image_output(self.network, path, output, streams),
             )
         size = tuple(x.shape[2:])
 
