@@ -220,6 +220,15 @@ BACKBONES: dict[str, tuple[int, float, float, dict[str, tuple[tuple[int, ...], f
 }
 
 
+def test_sd3_told_154_tokens_has_the_published_flops() -> None:
+    """8.44 and, through block 9, 3.51 TFLOP are for 77 tokens of T5 beside CLIP's 77."""
+    backbone = load_backbone(find_model(bundled("stable-diffusion-3-medium")), "meta")
+    taps = backbone.resolve([TapSpec(path="transformer_blocks.9")])
+    flops = backbone.flops(taps, ImageSpec(size=1024), ConditionSpec(t5_tokens=77))
+    assert flops.whole / TERA == pytest.approx(8.44, rel=0.01)
+    assert flops.cut / TERA == pytest.approx(3.51, rel=0.01)
+
+
 @pytest.mark.parametrize("name", BACKBONES)
 def test_backbones_have_their_published_size_shapes_and_flops(name: str) -> None:
     size, millions, whole, taps = BACKBONES[name]
