@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import ViTMAEModel
+from transformers import AutoModel, ViTMAEModel
 
 from drl_data.backbones import find_model, load_backbone
 from drl_data.backbones.backbone import CLEAN
@@ -22,7 +23,7 @@ from drl_data.pipeline import Pipeline
 from drl_data.recipes import find_recipe
 from drl_data.spec import BackboneSpec, ImageSpec, TapSpec
 from tests.guided_diffusion import GuidedDiffusion
-from tests.references import rehearse
+from tests.references import Rehearsed, rehearse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -233,3 +234,129 @@ def test_joint_diffusion_has_its_29_times_the_width() -> None:
     shapes = planned("jdm_cifar10")
     assert sum(channels for (channels,) in shapes.values()) == 29 * 128
     assert len(shapes) == 17
+
+
+def attended(weights: dict[str, Tensor], name: str, x: Tensor, heads: int) -> Tensor:
+    """guided-diffusion's attention, whose channels are heads of (q, k, v)."""
+    b, c, h, w = x.shape
+    flat = x.reshape(b, c, h * w)
+    normed = F.group_norm(flat, 32, weights[f"{name}.norm.weight"], weights[f"{name}.norm.bias"])
+    qkv = F.conv1d(normed, weights[f"{name}.qkv.weight"], weights[f"{name}.qkv.bias"])
+    q, k, v = qkv.reshape(b * heads, 3 * c // heads, h * w).split(c // heads, dim=1)
+    weight = (torch.einsum("bct,bcs->bts", q, k) / (c // heads) ** 0.5).softmax(-1)
+    out = torch.einsum("bts,bcs->bct", weight, v).reshape(b, c, h * w)
+    out = F.conv1d(out, weights[f"{name}.proj_out.weight"], weights[f"{name}.proj_out.bias"])
+    return x + out.reshape(x.shape)
+
+
+@torch.no_grad()
+def test_pdae_ffhq128(tmp_path: Path) -> None:
+    run = rehearse("pdae_ffhq128", tmp_path)
+    assert run.pipeline.backbone is not None
+    weights = load_backbone(find_model(run.pipeline.backbone), "cpu").network.state_dict()
+    x = run.pixels()
+    for i in (0, 3, 6, 10, 13):
+        name = f"encoder.{i}"
+        x = F.conv2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"], stride=2, padding=1)
+        if i == 6:
+            x = attended(weights, "encoder.7", x, 4)
+        norm = f"encoder.{i + (2 if i == 6 else 1)}"
+        x = F.silu(F.group_norm(x, 32, weights[f"{norm}.weight"], weights[f"{norm}.bias"]))
+    z = F.linear(x.flatten(1), weights["encoder.17.weight"], weights["encoder.17.bias"])
+    assert_same(run.features("z"), z)
+    real = BackboneSpec(model="python:drl_data.examples.pdae:ffhq128", init="random")
+    full = load_backbone(find_model(real), "meta").network.state_dict()
+    assert full["encoder.17.weight"].shape == (512, 4096)
+    assert full["encoder.7.qkv.weight"].shape == (768, 256, 1)
+
+
+@torch.no_grad()
+def test_infodiffusion_celeba64(tmp_path: Path) -> None:
+    run = rehearse("infodiffusion_celeba64", tmp_path)
+    assert run.pipeline.backbone is not None
+    w = load_backbone(find_model(run.pipeline.backbone), "cpu").network.state_dict()
+
+    attends = {name.split(".attn")[0] for name in w if ".attn." in name}
+    assert attends == {f"downblocks.{i}" for i in (6, 7)} | {"middleblocks.0"} | {
+        f"upblocks.{i}" for i in (4, 5, 6)
+    }  # the third of four levels, and the middle
+
+    def conv(name: str, x: Tensor, **options: int) -> Tensor:
+        return F.conv2d(x, w[f"{name}.weight"], w[f"{name}.bias"], **options)
+
+    def normed(name: str, x: Tensor) -> Tensor:
+        return F.group_norm(x, 32, w[f"{name}.weight"], w[f"{name}.bias"])
+
+    def block(name: str, x: Tensor) -> Tensor:
+        h = conv(f"{name}.block1.2", F.silu(normed(f"{name}.block1.0", x)), padding=1)
+        h = conv(f"{name}.block2.3", F.silu(normed(f"{name}.block2.0", h)), padding=1)
+        x = h + (conv(f"{name}.shortcut", x) if f"{name}.shortcut.weight" in w else x)
+        if f"{name}.attn.proj.weight" not in w:
+            return x
+        h = normed(f"{name}.attn.group_norm", x)
+        q, k, v = (conv(f"{name}.attn.proj_{c}", h).flatten(2) for c in "qkv")
+        share = (q.transpose(1, 2) @ k / q.shape[1] ** 0.5).softmax(-1)
+        return x + conv(f"{name}.attn.proj", (v @ share.transpose(1, 2)).reshape(x.shape))
+
+    h = conv("head", run.pixels(), padding=1)
+    skips = [h]
+    for i in range(11):  # 4 levels of 2 blocks, 3 changes of resolution
+        name = f"downblocks.{i}"
+        down = f"{name}.main.weight" in w
+        h = conv(f"{name}.main", h, stride=2, padding=1) if down else block(name, h)
+        skips.append(h)
+    for i in range(2):
+        h = block(f"middleblocks.{i}", h)
+    for i in range(15):
+        name = f"upblocks.{i}"
+        if f"{name}.main.weight" in w:
+            wide = h.repeat_interleave(2, 2).repeat_interleave(2, 3)
+            h = conv(f"{name}.main", wide, padding=1)
+        else:
+            h = block(name, torch.cat([h, skips.pop()], 1))
+    assert not skips
+    h = conv("tail.2", F.silu(normed("tail.0", h)), padding=1).flatten(1)
+    a = F.linear(h, w["fc_a.weight"], w["fc_a.bias"])
+    assert_same(run.features("a"), a)
+    assert_same(run.features("mean"), F.linear(a, w["fc_mu.weight"], w["fc_mu.bias"]))
+    real = BackboneSpec(model="python:drl_data.examples.infodiffusion:celeba64", init="random")
+    full = load_backbone(find_model(real), "meta").network.state_dict()
+    assert full["fc_a.weight"].shape == (32, 64 * 64)
+    assert full["downblocks.0.block1.2.weight"].shape == (64, 64, 3, 3)
+    assert full["middleblocks.0.block1.2.weight"].shape == (128, 128, 3, 3)
+
+
+def normalised(run: Rehearsed, size: int, corner: int) -> Tensor:
+    """Scaled to `size`, cut from `corner`, 0..1, then ImageNet's mean and deviation."""
+    side = run.pipeline.images.size[0]
+    sized = [p.image.resize((size, size), Image.Resampling.BICUBIC) for p in run.photos]
+    end = corner + side
+    cut = np.stack([np.asarray(image)[corner:end, corner:end] for image in sized])
+    x = torch.from_numpy(cut).permute(0, 3, 1, 2).contiguous().float() / 255
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return (x - mean[:, None, None]) / std[:, None, None]
+
+
+@torch.no_grad()
+def test_soda(tmp_path: Path) -> None:
+    run = rehearse("soda", tmp_path)
+    network = AutoModel.from_pretrained(run.model).eval()
+    pooled = network(normalised(run, 32, 0)).pooler_output.flatten(1)
+    assert_same(run.features("pooled"), pooled)
+
+
+def check_vit(run: Rehearsed) -> None:
+    network = AutoModel.from_pretrained(run.model).eval()
+    tokens = network(normalised(run, 18, 1)).last_hidden_state[:, 1:]
+    assert_same(run.features("pooled"), tokens.mean(1))
+    assert_same(run.features("patches"), tokens.transpose(1, 2).reshape(4, 32, 4, 4))
+
+
+@torch.no_grad()
+def test_addp(tmp_path: Path) -> None:
+    check_vit(rehearse("addp", tmp_path))
+
+
+@torch.no_grad()
+def test_l_dae(tmp_path: Path) -> None:
+    check_vit(rehearse("l_dae", tmp_path))
