@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -155,7 +156,7 @@ def read_sizes(
                         (row, _size_of(data)) for row, data in whole
                     )
                 else:
-                    found = pool.map(lambda place: _plain_size(folder, name, *place), wanted)  # noqa: B023
+                    found = pool.map(partial(_plain_size, folder, name), wanted)
                 for row, size in found:
                     sizes[row] = size
                     bar.advance(1)
@@ -164,9 +165,8 @@ def read_sizes(
     return sizes
 
 
-def _plain_size(
-    folder: Folder, name: str, row: int, offset: int, size: int
-) -> tuple[int, Size | None]:
+def _plain_size(folder: Folder, name: str, place: tuple[int, int, int]) -> tuple[int, Size | None]:
+    row, offset, size = place
     head = min(size, HEAD_BYTES)
     found = _size_of(folder.get_range(name, offset, offset + head)) if head else None
     if found is None and size > head:

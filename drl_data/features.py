@@ -259,15 +259,19 @@ class FeatureComputer:
         """{array of a tap `loss`: error of the prediction [b, candidate, member]}, float32, its
         mean over the image (Li et al. 2023, eq. 5, without the mean over noise)."""
         taps = [tap for tap in self.taps if tap.site == LOSS]
+        if not taps:
+            return {}
+        targets: list[Tensor] = []
+        for clean, eps in zip(latents, noise, strict=True):
+            assert eps is not None, "a loss needs noise, `check_losses` demands it"
+            targets.append(self.backbone.schedule.target(clean, eps, when).float())
         found: dict[str, list[Tensor]] = {tap.name: [] for tap in taps}
-        for candidate in self._candidates if taps else ():
+        for candidate in self._candidates:
             told = candidate.to(self.backbone.device)
-            for clean, eps, x in zip(latents, noise, noisy, strict=True):
-                assert eps is not None, "a loss needs noise, `check_losses` demands it"
+            for target, x in zip(targets, noisy, strict=True):
                 output, _ = self.backbone.denoise(x, when, told, (), _nothing)
-                target = self.backbone.schedule.target(clean, eps, when)
                 for tap in taps:
-                    errors = LOSSES[tap.parts](output.float(), target.float(), reduction="none")
+                    errors = LOSSES[tap.parts](output.float(), target, reduction="none")
                     found[tap.name].append(errors.flatten(1).mean(1))
         shape = (len(self._candidates), len(latents))
         return {name: torch.stack(x, dim=1).reshape(-1, *shape) for name, x in found.items()}

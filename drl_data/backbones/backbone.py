@@ -14,6 +14,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal, Self
 
 import torch
@@ -364,7 +365,7 @@ class Backbone(ABC):
                 transform(tap, latents, map_dims(latents))
         inside = [tap for tap in taps if tap.module]
         if inside:
-            decode = lambda: self.decode(latents, scaled=scaled)  # noqa: E731
+            decode = partial(self.decode, latents, scaled=scaled)
             self._tap_vae(inside, decode, transform, stop_early=True)
 
     def arrays(

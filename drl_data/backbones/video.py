@@ -8,6 +8,7 @@ Shapes: b batch, c channel, f frame, h w height and width, n token.
 from __future__ import annotations
 
 import html
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -52,14 +53,14 @@ class VideoTransformer(LatentTextBackbone):
     TOLD: ClassVar[Mapping[str, str]] = {PROMPT: "encoder_hidden_states"}
 
     @property
+    @abstractmethod
     def patch(self) -> int:
         """Latents along a side of one token."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def factors(self) -> tuple[int, int]:
         """Frames, and pixels along a side, of one latent."""
-        raise NotImplementedError
 
     def input_shape(self, images: ImageSpec) -> tuple[int, ...]:
         frames, factor = self.factors
