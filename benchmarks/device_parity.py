@@ -22,6 +22,7 @@ from drl_data.buckets import split_into_buckets
 from drl_data.extract import make_task
 from drl_data.index import build_index
 from drl_data.pipeline import Pipeline, StoreSpec
+from drl_data.plan import Lease
 from drl_data.recipes import find_recipe, recipe_names
 from drl_data.rehearse import rehearsal
 from drl_data.runs import prepare, required_sections
@@ -46,7 +47,7 @@ def extracted(pipeline: Pipeline, url: str, device: str) -> FeatureStore:
     run, noise_file = pipeline.run, pipeline.noise.file
     task = make_task(store.url, backbone, pipeline.condition, run, 1, device, noise_file)
     for unit in store.units:
-        task(unit)
+        task(Lease(unit))
     return store
 
 

@@ -12,17 +12,37 @@ DrlDataError
 │   ├── AlignmentError        a write that is not one whole unit
 │   ├── FeatureError          features of the wrong shape or dtype, or not finite
 │   └── ConflictError         two writers signed one unit with different bytes
-├── ObjectError               object storage failed
-│   └── ObjectNotFoundError   ... because the object is not there
+├── ObjectError               object storage failed; the same call may work the next time
+│   ├── ObjectNotFoundError   ... the object is not there
+│   └── StorageUnusableError  ... access denied, bucket missing, disk full: ends the run
 ├── ForkError                 a handle that does not survive fork() was used in a forked process
+├── StoppedError              a unit given back, because the run was told to stop
 └── ExecutionError            workers died, or units failed more often than allowed
+    ├── DeviceMemoryError     a GPU without enough memory for the model, or for one image
+    └── DeviceLostError       a GPU whose context is broken: this process cannot use it again
 """
 
 from __future__ import annotations
 
+import re
+
+_USER_INFO = re.compile(r"([a-z][a-z0-9+.-]*://)[^/@\s'\"]+@", re.IGNORECASE)
+_QUERY = re.compile(r"([a-z][a-z0-9+.-]*://[^?\s'\"]*)\?[^\s'\"]*", re.IGNORECASE)
+
+
+def redacted(text: str) -> str:
+    """The text without what may be secret in the URLs in it: user, password, query.
+
+    `https://me:secret@host/a.tar?X-Amz-Signature=1` becomes `https://***@host/a.tar?***`.
+    """
+    return _QUERY.sub(r"\1?***", _USER_INFO.sub(r"\1***@", text))
+
 
 class DrlDataError(Exception):
-    """Root of everything that drl_data raises on purpose."""
+    """Root of everything that drl_data raises on purpose. Its message holds no secret of a URL."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(redacted(x) if isinstance(x, str) else x for x in args))
 
 
 class UserError(DrlDataError):
@@ -85,9 +105,25 @@ class ObjectNotFoundError(ObjectError):
     """The object is not there."""
 
 
+class StorageUnusableError(ObjectError):
+    """Access denied, a bucket that is missing, a full disk: no retry helps, the run ends."""
+
+
 class ForkError(DrlDataError):
     """A handle that does not survive fork() was used in a forked process."""
 
 
+class StoppedError(DrlDataError):
+    """A unit was given back, because the run was told to stop."""
+
+
 class ExecutionError(DrlDataError):
     """Workers died, or units failed more often than allowed."""
+
+
+class DeviceMemoryError(ExecutionError):
+    """A GPU without enough memory for the model, or for a single image."""
+
+
+class DeviceLostError(ExecutionError):
+    """A GPU whose context is broken: every later call of this process on it fails."""

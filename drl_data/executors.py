@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from drl_data.errors import DrlDataError, ExecutionError, ObjectError, UserError
-from drl_data.plan import Unit
+from drl_data.plan import Lease, Unit
+from drl_data.stopping import Stop
 
 if TYPE_CHECKING:
     import ray
@@ -37,8 +38,8 @@ that one bad unit does not take a worker with it."""
 class Task(Protocol[R_co]):
     """Computes one unit; called from several threads at once."""
 
-    def __call__(self, unit: Unit, attempt: int) -> R_co:
-        """Compute `unit`; `attempt` counts from 1."""
+    def __call__(self, lease: Lease, stop: Stop) -> R_co:
+        """Compute what the lease names, unless told to stop."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def run_local(
     *,
     leases: int = 3,
     max_attempts: int = 3,
+    stop: Stop | None = None,
 ) -> Iterator[Outcome[R]]:
     """Run every unit in this process, `leases` at a time in threads; outcomes as they come.
 
@@ -72,14 +74,14 @@ def run_local(
     """
     if not units:
         return
-    task = make_task()
+    task, stop = make_task(), stop or Stop()
     queue = deque((unit, 1) for unit in units)
     running: dict[Future[R], tuple[Unit, int]] = {}
     with ThreadPoolExecutor(leases, thread_name_prefix="drl-unit") as pool:
         while queue or running:
             while queue and len(running) < leases:
                 unit, attempt = queue.popleft()
-                running[pool.submit(task, unit, attempt)] = (unit, attempt)
+                running[pool.submit(task, Lease(unit, attempt), stop)] = (unit, attempt)
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 unit, attempt = running.pop(future)
                 error = future.exception()
@@ -158,6 +160,7 @@ class _Worker(Generic[R]):
     def __init__(self, make_task: Callable[[], Task[R]]) -> None:
         self._task: Task[R] | None = None
         self._error: tuple[str, bool] | None = None
+        self._stop = Stop()
         try:
             self._task = make_task()
         except Exception as error:
@@ -171,7 +174,7 @@ class _Worker(Generic[R]):
         """(result, error, whether it may work the next time)."""
         assert self._task is not None
         try:
-            return self._task(unit, attempt), None, False
+            return self._task(Lease(unit, attempt), self._stop), None, False
         except Exception as error:
             return None, describe(error), _is_transient(error)
 

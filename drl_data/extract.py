@@ -32,7 +32,7 @@ from drl_data.images import ImageBatch, read_batches
 from drl_data.metering import ByteBudget, Clock
 from drl_data.noise_bank import bank_digest, read_bank
 from drl_data.pipeline import RunSpec
-from drl_data.plan import InvalidRow, Unit
+from drl_data.plan import InvalidRow, Lease, Unit
 from drl_data.quantise import (
     DamageMeter,
     from_storage,
@@ -42,6 +42,7 @@ from drl_data.quantise import (
 from drl_data.receipts import Damage, Receipt, RunRecord, UnitCounts
 from drl_data.spec import BackboneSpec, ImageSpec
 from drl_data.spec_base import file_digest
+from drl_data.stopping import Stop
 from drl_data.store import FeatureStore
 from drl_data.taps import ResolvedTap
 
@@ -76,7 +77,7 @@ class ExtractTask:
             self._computers.put(computer)
         self._budget = ByteBudget(run.memory_bytes)
 
-    def __call__(self, unit: Unit, attempt: int = 1) -> Receipt:
+    def __call__(self, lease: Lease, stop: Stop | None = None) -> Receipt:
         """Compute and write one unit; returns the receipt that the store holds in the end.
 
         Raises:
@@ -85,7 +86,7 @@ class ExtractTask:
             InputError: a tar that changed since it was indexed.
             ObjectError: storage that failed.
         """
-        clock = Clock(self._device)
+        unit, clock = lease.unit, Clock(self._device)
         n_times = len(self._store.times)
         per_row = sum(a.n_cells(n_times) * a.bytes_per_row for a in self._store.arrays)
         features_bytes = unit.n_rows * per_row
@@ -117,11 +118,14 @@ class ExtractTask:
                     host=socket.gethostname(),
                     device=_device_name(self._device),
                     versions=_versions(),
-                    attempt=attempt,
+                    attempt=lease.attempt,
                     damage=computed.damage,
                 ),
                 UnitCounts(
-                    input_bytes=computed.input_bytes, clipped=computed.clipped, fits=self._fits
+                    samples=self._index.digest_rows(unit.start, unit.stop),
+                    input_bytes=computed.input_bytes,
+                    clipped=computed.clipped,
+                    fits=self._fits,
                 ),
             )
 
@@ -177,8 +181,8 @@ class ExtractTask:
 
     def _check_overflow(
         self, unit: Unit, counts: Sequence[tuple[str, int, Tensor]]
-    ) -> dict[str, int]:
-        """Clipped values of each array that has any.
+    ) -> dict[str, dict[str, int]]:
+        """Clipped values of each array and requested timestep that has any.
 
         Raises:
             FeatureError: if there are any and the spec does not allow clipping.
@@ -196,9 +200,9 @@ class ExtractTask:
                 f"unit {unit.id}: {lines} are too large for {self._spec.dtype}; set "
                 "`features.dtype: bfloat16` or float32, or `features.overflow: clip`"
             )
-        clipped: dict[str, int] = defaultdict(int)
-        for (name, _), n in over.items():
-            clipped[name] += n
+        clipped: dict[str, dict[str, int]] = defaultdict(dict)
+        for (name, t), n in over.items():
+            clipped[name][f"{self._store.times[t].requested:g}"] = n
         return dict(clipped)
 
 
@@ -292,7 +296,7 @@ class _Computed:
     features: dict[str, Tensor]
     invalid: list[InvalidRow] = field(default_factory=list)
     input_bytes: int = 0
-    clipped: dict[str, int] = field(default_factory=dict)
+    clipped: dict[str, dict[str, int]] = field(default_factory=dict)
     damage: dict[str, Damage] = field(default_factory=dict)
 
 

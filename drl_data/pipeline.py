@@ -57,9 +57,11 @@ class StoreSpec(Spec):
 class RunSpec(Spec):
     """Where and how fast; never what."""
 
-    executor: Literal["local", "ray"] = "local"
+    executor: Literal["local", "process", "ray"] = "local"
+    """`local`: threads of this process, which a sample that kills its process takes with it;
+    `process`: child processes of this machine; `ray`: actors of a Ray cluster."""
     workers: Annotated[int, Field(ge=1)] = 1
-    """Actors of the ray executor."""
+    """Child processes or actors."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 1.0
     """GPUs of one actor, fractions allowed; ignored where the cluster has none."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
@@ -71,7 +73,14 @@ class RunSpec(Spec):
     memory_bytes: Annotated[int, Field(ge=1)] = 4 << 30
     """Budget of one worker for pixels and features in flight."""
     max_attempts: Annotated[int, Field(ge=1)] = 3
-    """Times that a unit is tried before it is listed as failed."""
+    """Times that a unit is tried before it is searched for the sample that kills its worker, or
+    listed as failed."""
+    max_deaths_per_worker: Annotated[int, Field(ge=1)] = 4
+    """Deaths in a row, of units not known to kill, before a worker slot is given up."""
+    max_failed_in_a_row: Annotated[int, Field(ge=1)] = 20
+    """Units that fail one after the other before the run ends: it is no longer the units' fault."""
+    grace_s: Annotated[float, Field(ge=0)] = 20.0
+    """Seconds that running units have to finish after SIGTERM, SIGINT or a preemption notice."""
 
 
 class ProbeSpec(Spec):

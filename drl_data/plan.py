@@ -34,6 +34,19 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class Lease:
+    """What a worker is asked for: a unit, with what earlier attempts taught."""
+
+    unit: Unit
+    attempt: int = 1
+    """Counts from 1."""
+    poison: tuple[tuple[int, str], ...] = ()
+    """(row, why) of rows that killed their worker: invalid without being read."""
+    probe: tuple[int, int] | None = None
+    """Compute rows `start` to `stop` of the unit alone and write nothing: the search for poison."""
+
+
+@dataclass(frozen=True)
 class InvalidRow:
     """A row without features: where it failed and why. Nothing is ever dropped without one."""
 

@@ -27,6 +27,14 @@ class Damage(Spec):
     cosine: float
 
 
+class TarRecord(Spec):
+    """One tar as it was when the unit was read; the URL without its secrets."""
+
+    url: str
+    size: Count
+    etag: str
+
+
 class RunRecord(Spec):
     """How a unit was computed: seconds by stage, peak memory, where, with what. Never content."""
 
@@ -40,15 +48,36 @@ class RunRecord(Spec):
     attempt: Annotated[int, Field(ge=1)] = 1
     damage: dict[str, Damage] = Field(default_factory=dict)
     """By array, measured on the first batch of unit 0; empty in other units."""
+    tars: tuple[TarRecord, ...] = ()
+    """The tars that the rows were read from."""
+    retries: Count = 0
+    """Requests to object storage, for this unit, that failed and were made again."""
+    micro_batch: Count | None = None
+    """Images of one forward, where a whole batch did not fit the device's memory."""
+    adopted: tuple[str, ...] = ()
+    """Objects that an earlier attempt had written and that were kept."""
+
+
+class NonFinite(Spec):
+    """Values of an array at a timestep that were not finite as computed."""
+
+    nan: Count = 0
+    inf: Count = 0
 
 
 class UnitCounts(Spec):
-    """What was counted while a unit was computed: image bytes read, values clipped per array; and
-    with which fitted reductions (CRC-32C of their objects)."""
+    """What was counted while a unit was computed, and a digest of the samples that it holds."""
 
+    samples: str = ""
+    """`SampleIndex.digest_rows` of the unit's rows: equal for equal samples in equal order."""
     input_bytes: Count = 0
-    clipped: dict[str, Count] = Field(default_factory=dict)
+    """Bytes of the images, compressed."""
+    clipped: dict[str, dict[str, Count]] = Field(default_factory=dict)
+    """Array -> requested timestep -> finite values that the storage type could not hold."""
+    non_finite: dict[str, dict[str, NonFinite]] = Field(default_factory=dict)
+    """Array -> requested timestep -> values that were NaN or infinite as computed."""
     fits: dict[str, Count] = Field(default_factory=dict)
+    """Array -> CRC-32C of the fitted reduction that it was reduced by."""
 
 
 class ObjectRecord(Spec):

@@ -123,6 +123,7 @@ def prepare(
         batch_size=pipeline.features.batch_size,
         rows_per_unit=1,
         overflow=pipeline.features.overflow,
+        non_finite=pipeline.features.non_finite,
     )
     wanted = pipeline.features.rows_per_unit
     if store is not None:

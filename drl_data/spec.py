@@ -317,8 +317,12 @@ class NumericSpec(Spec):
     batch_size: Annotated[int, Field(ge=1)] = 32
     rows_per_unit: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Rows of one unit, a multiple of `batch_size`; `auto` aims at 64 MiB for the largest shard."""
-    overflow: Literal["error", "clip"] = "error"
-    """Values that the storage dtype cannot hold: fail the unit, or clip them and count them."""
+    overflow: Literal["error", "clip", "invalid"] = "error"
+    """Finite values that the storage dtype cannot hold: fail the unit, clip them to the largest
+    one, or list their rows as invalid. They are counted in each case."""
+    non_finite: Literal["error", "clip", "invalid"] = "error"
+    """NaN and infinite values as computed: fail the unit, store 0 for NaN and the largest value for
+    an infinity, or list their rows as invalid. They are counted in each case."""
 
     @model_validator(mode="after")
     def _batches_fill_units(self) -> NumericSpec:
@@ -426,7 +430,8 @@ class FeatureSpec(Spec):
     dtype: StorageDType
     batch_size: int
     rows_per_unit: int
-    overflow: Literal["error", "clip"]
+    overflow: Literal["error", "clip", "invalid"]
+    non_finite: Literal["error", "clip", "invalid"] = "error"
 
     def fingerprint(self) -> str:
         """32 hexadecimal digits of the SHA-256 of the canonical JSON of this spec.

@@ -13,17 +13,15 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import webdataset
 from PIL import Image
 
 from drl_data.errors import ObjectError
-from drl_data.plan import Unit
-
-if TYPE_CHECKING:
-    pass
+from drl_data.plan import Lease
+from drl_data.stopping import Stop
 
 R = TypeVar("R")
 
@@ -90,14 +88,15 @@ class Schedule(Generic[R]):
     not; `die` ends the process without a word, as a segmentation fault or the OOM killer would.
     """
 
-    make_task: Callable[[], Callable[[Unit, int], R]]
+    make_task: Callable[[], Callable[[Lease, Stop], R]]
     table: Mapping[tuple[int, int], str] = field(default_factory=dict)
 
-    def __call__(self) -> Callable[[Unit, int], R]:
+    def __call__(self) -> Callable[[Lease, Stop], R]:
         """Make the task, as executors expect."""
         task = self.make_task()
 
-        def run(unit: Unit, attempt: int) -> R:
+        def run(lease: Lease, stop: Stop) -> R:
+            unit, attempt = lease.unit, lease.attempt
             action = self.table.get((unit.id, attempt), "run")
             if action == "fail":
                 raise ObjectError(f"unit {unit.id}, attempt {attempt}: scheduled failure")
@@ -105,6 +104,6 @@ class Schedule(Generic[R]):
                 raise ValueError(f"unit {unit.id}, attempt {attempt}: scheduled error")
             if action == "die":
                 os._exit(1)
-            return task(unit, attempt)
+            return task(lease, stop)
 
         return run

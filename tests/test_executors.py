@@ -15,16 +15,17 @@ from hypothesis import strategies as st
 
 from drl_data.errors import ExecutionError, UserError
 from drl_data.executors import Outcome, run_local, run_ray
-from drl_data.plan import Unit, plan_units
+from drl_data.plan import Lease, Unit, plan_units
+from drl_data.stopping import Stop
 from drl_data.testing import Schedule
 
-Square = Callable[[Unit, int], int]
+Square = Callable[[Lease, Stop], int]
 RAY = {"workers": 2, "cpus_per_worker": 0.5}
 
 
 def make_square() -> Square:
     """A task whose result names its unit."""
-    return lambda unit, attempt: unit.start**2
+    return lambda lease, stop: lease.unit.start**2
 
 
 def ok(units: list[Unit]) -> dict[int, int]:
@@ -83,12 +84,12 @@ def test_local_keeps_several_units_in_flight_and_no_more() -> None:
     running, peak = Counter[str](), [0]
 
     def make() -> Square:
-        def task(unit: Unit, attempt: int) -> int:
+        def task(lease: Lease, stop: Stop) -> int:
             running["now"] += 1
             peak[0] = max(peak[0], running["now"])
             barrier.wait()
             running["now"] -= 1
-            return unit.id
+            return lease.unit.id
 
         return task
 
@@ -108,9 +109,9 @@ def test_closing_early_lets_units_in_flight_finish() -> None:
     seen: list[int] = []
 
     def make() -> Square:
-        def task(unit: Unit, attempt: int) -> int:
-            seen.append(unit.id)
-            return unit.id
+        def task(lease: Lease, stop: Stop) -> int:
+            seen.append(lease.unit.id)
+            return lease.unit.id
 
         return task
 

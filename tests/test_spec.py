@@ -80,6 +80,7 @@ CHANGES: dict[str, dict[str, object]] = {
     "batch size": {"batch_size": 16},
     "unit size": {"rows_per_unit": 64},
     "overflow": {"overflow": "clip"},
+    "not finite": {"non_finite": "invalid"},
 }
 
 
@@ -130,6 +131,7 @@ def test_defaults_never_change() -> None:
             "shared_base": None, "patch": 8, "told": "current", "generator": "philox", "file": None,
         }),
         (TapSpec(path="x"), {"name": None, "reduce": ()}),
+        (SPEC, {"non_finite": "error"}),
     ]  # fmt: skip
     for spec, want in defaults:
         assert {name: getattr(spec, name) for name in want} == want
