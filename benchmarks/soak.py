@@ -15,15 +15,24 @@ import signal
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from soak_world import BATCH_S, N_SAMPLES, Trial, World, ended
-
-WORK_S = N_SAMPLES / 4 * BATCH_S
-"""Seconds that the batches of a store take one after the other."""
+from soak_faults import (
+    EATS,
+    KILLS,
+    flipped_bit,
+    full_disk,
+    killed_child,
+    on_ray,
+    poisoned,
+    process,
+    signalled_driver,
+    two_drivers,
+    zombie_driver,
+)
+from soak_world import Trial, World
 
 
 @dataclass(frozen=True)
@@ -36,73 +45,67 @@ class Fault:
     inject: Callable[[World, random.Random], Trial]
 
 
-def killed_driver(options: tuple[str, ...], number: signal.Signals) -> Callable[..., Trial]:
-    """The driver gets a signal when a random number of images is encoded, and a moment later."""
-
-    def inject(world: World, chance: random.Random) -> Trial:
-        store = world.new_store()
-        with ended(world.start(store, options)) as run:
-            met = run.until_encoded(world, chance.randrange(1, N_SAMPLES))
-            time.sleep(chance.uniform(0, 2 * BATCH_S))
-            met = run.send(number) and met
-            status = run.wait()
-        began = time.monotonic()
-        world.finish(store, {}, *options)
-        trial = world.judge(store)
-        trial.recover_s, trial.met = time.monotonic() - began, met
-        if number == signal.SIGTERM and met and status not in (0, 3):
-            trial.wrong += 1
-            trial.note = f"exit status {status}, want 3"
-        return trial
-
-    return inject
-
-
-def two_drivers(world: World, chance: random.Random) -> Trial:
-    """Two commands on one store, the second one starting a little later."""
-    store = world.new_store()
-    with ended(world.start(store)) as first:
-        time.sleep(chance.uniform(0, 2))
-        with ended(world.start(store)) as second:
-            statuses = first.wait(), second.wait()
-    trial = world.judge(store)
-    trial.wrong += sum(status != 0 for status in statuses)
-    return trial
-
-
-def zombie_driver(world: World, chance: random.Random) -> Trial:
-    """A driver is stopped (SIGSTOP), another one completes the store, the first one wakes."""
-    store = world.new_store()
-    with ended(world.start(store)) as zombie:
-        met = zombie.until_encoded(world, chance.randrange(1, N_SAMPLES))
-        time.sleep(chance.uniform(0, BATCH_S))
-        zombie.send(signal.SIGSTOP)
-        began = time.monotonic()
-        world.finish(store, {})
-        recover_s = time.monotonic() - began
-        zombie.send(signal.SIGCONT)
-        status = zombie.wait()
-    trial = world.judge(store)
-    trial.recover_s, trial.met = recover_s, met
-    trial.wrong += status != 0
-    return trial
-
-
 FAULTS = [
     Fault(
-        "driver killed (local)",
-        "`kill -9` of `drl extract` at a random moment",
+        "driver killed, executor local",
+        "`kill -9` of `drl extract` at a random moment of its work",
         20,
-        killed_driver((), signal.SIGKILL),
+        signalled_driver((), signal.SIGKILL),
     ),
     Fault(
-        "driver told to stop (local)",
-        "SIGTERM at a random moment",
+        "driver killed, executor process",
+        "the same; its children must end by themselves",
         10,
-        killed_driver((), signal.SIGTERM),
+        signalled_driver(process(), signal.SIGKILL),
+    ),
+    Fault("driver killed, executor ray", "the same, on two Ray nodes", 4, on_ray("driver")),
+    Fault("child killed, executor process", "`kill -9` of a worker", 10, killed_child),
+    Fault("actor killed, executor ray", "`kill -9` of an actor", 4, on_ray("actor")),
+    Fault(
+        "node killed, executor ray",
+        "one of two nodes is killed, one comes",
+        4,
+        on_ray("node"),
+    ),
+    Fault(
+        "node killed for good, executor ray",
+        "one of two nodes is killed, none comes",
+        4,
+        on_ray("node for good"),
+    ),
+    Fault(
+        "told to stop, executor local",
+        "SIGTERM at a random moment; exit status 3",
+        6,
+        signalled_driver((), signal.SIGTERM),
+    ),
+    Fault(
+        "told to stop, executor process",
+        "the same",
+        6,
+        signalled_driver(process(), signal.SIGTERM),
     ),
     Fault("two drivers", "two commands on one store at once", 5, two_drivers),
     Fault("zombie driver", "SIGSTOP, another run completes the store, SIGCONT", 10, zombie_driver),
+    Fault(
+        "samples that kill",
+        "one or two images at which the process gets SIGSEGV",
+        4,
+        poisoned(KILLS, "SIGSEGV"),
+    ),
+    Fault(
+        "samples that eat memory",
+        "one or two images at which the process takes 1 GiB and gets SIGKILL",
+        4,
+        poisoned(EATS, "SIGKILL"),
+    ),
+    Fault(
+        "corruption at rest",
+        "a bit flipped in a random object, or the object cut or removed; `--repair`",
+        20,
+        flipped_bit,
+    ),
+    Fault("disk full", "a tmpfs without room after some objects", 4, full_disk),
 ]
 
 

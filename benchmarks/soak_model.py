@@ -1,9 +1,10 @@
 """The soak's backbone: a tiny DDPM that leaves a mark for every image that it encodes.
 
-`python:soak_model:counted_ddpm` with this folder on PYTHONPATH. `DRL_SOAK_WEIGHTS` is a folder that
-`save_tiny_ddpm` wrote, `DRL_SOAK_MARKS` a file that gets one byte for each image, and
-`DRL_SOAK_SLEEP` the seconds that a batch takes at least, so that faults meet units that compute.
-A poisonous image is one whose first pixel has the colour `POISON`.
+`python:soak_model:counted_ddpm` with this folder on PYTHONPATH. The folder `DRL_SOAK_FOLDER`
+has the weights, `ddpm` as `save_tiny_ddpm` writes them, and `marks`, which gets one byte for each
+image; `DRL_SOAK_SLEEP` is the seconds that a batch takes at least, so that faults
+meet units that compute.
+Images of the colours `KILLS` and `EATS` are poison, unless `DRL_SOAK_TAME` is set.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import psutil
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor
@@ -24,6 +26,7 @@ from drl_data.schedule import NoiseSchedule
 from drl_data.spec import BackboneSpec, ImageSpec
 from drl_data.spec_base import file_digest
 
+HOARD_BYTES = 1 << 30
 KILLS, EATS = (250, 0, 250), (0, 250, 0)
 """Colours of a whole image that ends the process that encodes it, or uses up its memory."""
 
@@ -39,15 +42,19 @@ class CountedDdpm(CustomBackbone):
         """The pixels; one mark for each image that is none of the padding."""
         images = ((pixels.float() + 1) * 127.5).round().flatten(2)
         blank = (pixels == -1).flatten(1).all(1)
-        with open(os.environ["DRL_SOAK_MARKS"], "ab", buffering=0) as marks:
+        with open(_folder() / "marks", "ab", buffering=0) as marks:
             marks.write(b"." * int((~blank).sum()))
         time.sleep(float(os.environ.get("DRL_SOAK_SLEEP", "0")))
+        if "DRL_SOAK_TAME" in os.environ:
+            return Posterior(pixels)
         if _has(images, KILLS):
             os.kill(os.getpid(), signal.SIGSEGV)
         if _has(images, EATS):
             hoard = []
-            while True:
+            limit = psutil.Process().memory_info().rss + HOARD_BYTES
+            while psutil.Process().memory_info().rss < limit:
                 hoard.append(bytearray(64 << 20))
+            os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does with who has the most
         return Posterior(pixels)
 
     def conditioning(self, spec: ConditionSpec) -> Conditioning:
@@ -60,7 +67,7 @@ class CountedDdpm(CustomBackbone):
 
     def weights_digest(self) -> str:
         """Digest of the one file."""
-        return file_digest(str(_folder() / "unet" / "diffusion_pytorch_model.safetensors"))
+        return file_digest(str(_folder() / "ddpm" / "unet" / "diffusion_pytorch_model.safetensors"))
 
 
 def _has(images: Tensor, colour: tuple[int, int, int]) -> bool:
@@ -70,16 +77,16 @@ def _has(images: Tensor, colour: tuple[int, int, int]) -> bool:
 
 
 def _folder() -> Path:
-    return Path(os.environ["DRL_SOAK_WEIGHTS"])
+    return Path(os.environ["DRL_SOAK_FOLDER"])
 
 
 def counted_ddpm(spec: BackboneSpec, device: torch.device) -> CountedDdpm:
     """The backbone; on meta without weights."""
-    scheduler = DDPMScheduler.from_pretrained(_folder() / "scheduler")
+    scheduler = DDPMScheduler.from_pretrained(_folder() / "ddpm" / "scheduler")
     schedule = NoiseSchedule(scheduler.alphas_cumprod)
     if device.type == "meta":
         with device:
-            network = UNet2DModel.from_config(UNet2DModel.load_config(_folder() / "unet"))
+            network = UNet2DModel.from_config(UNet2DModel.load_config(_folder() / "ddpm" / "unet"))
     else:
-        network = UNet2DModel.from_pretrained(_folder() / "unet", use_safetensors=True)
+        network = UNet2DModel.from_pretrained(_folder() / "ddpm" / "unet", use_safetensors=True)
     return CountedDdpm(network, schedule, device)

@@ -1,4 +1,4 @@
-"""What the soak's trials stand on: tars, a backbone that counts, an undisturbed store, `drl` itself.
+"""What the soak's trials stand on: tars, a backbone that counts, an undisturbed store, `drl`.
 
 Every trial runs the real command line in processes of its own, on a store of its own, and ends when
 the store is complete again; then every array and every receipt is compared with the undisturbed.
@@ -6,18 +6,21 @@ the store is complete again; then every array and every receipt is compared with
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import yaml
+from PIL import Image
 
 from drl_data.store import FeatureStore
 from drl_data.testing import write_photo_tars
@@ -56,13 +59,19 @@ class World:
 
     folder: Path
     n_stores: int = 0
-    environment: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def make(cls, folder: Path) -> World:
         """Write the tars and the weights, and compute the undisturbed store."""
         write_photo_tars(folder / "tars", n_samples=N_SAMPLES, n_tars=3)
         save_tiny_ddpm(folder / "ddpm")
+        # Of this process, so that what it starts, Ray's nodes too, finds the backbone.
+        os.environ.update(
+            PYTHONPATH=f"{HERE.parent}{os.pathsep}{HERE}",
+            OMP_NUM_THREADS="1",
+            DRL_SOAK_FOLDER=str(folder),
+            DRL_SOAK_SLEEP=str(BATCH_S),
+        )
         world = cls(folder)
         store = world.new_store()
         assert world.finish(store, {}) == 1, "the undisturbed run is one run"
@@ -76,6 +85,7 @@ class World:
     def new_store(self, url: str | None = None) -> str:
         """URL of a store that is not there yet; local unless `url` says where."""
         number, self.n_stores = self.n_stores, self.n_stores + 1
+        (self.folder / "marks").write_bytes(b"")
         return f"{url}/store-{number}" if url else str(self.folder / f"store-{number}")
 
     def pipeline(self, store: str, tars: str | None = None) -> Path:
@@ -106,23 +116,12 @@ class World:
 
     def command(self, store: str, verb: str, *arguments: str, **settings: str | None) -> Run:
         """Begin a command of `drl`."""
-        marks = self.folder / f"{store.rpartition('/')[2]}.marks"
-        environment = {
-            **os.environ,
-            **self.environment,
-            "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}",
-            "OMP_NUM_THREADS": "1",
-            "DRL_SOAK_WEIGHTS": str(self.folder / "ddpm"),
-            "DRL_SOAK_MARKS": str(marks),
-            "DRL_SOAK_SLEEP": str(BATCH_S),
-            **{key: value for key, value in settings.items() if value is not None},
-        }
-        log = open(self.folder / f"{store.rpartition('/')[2]}.log", "ab")
-        process = subprocess.Popen(
-            [sys.executable, "-m", "drl_data", verb, *arguments],
-            env=environment, stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
-        log.close()
+        environment = os.environ | {k: v for k, v in settings.items() if v is not None}
+        with open(self.folder / f"{store.rpartition('/')[2]}.log", "ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "drl_data", verb, *arguments],
+                env=environment, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
         return Run(process, store)
 
     def finish(self, store: str, settings: Mapping[str, str | None], *options: str) -> int:
@@ -138,15 +137,48 @@ class World:
         """The end of what the store's commands printed."""
         return (self.folder / f"{store.rpartition('/')[2]}.log").read_text()[-2000:]
 
-    def n_encoded(self, store: str) -> int:
-        """Images that were encoded for a store, by all runs."""
-        marks = self.folder / f"{store.rpartition('/')[2]}.marks"
-        return marks.stat().st_size if marks.exists() else 0
+    @property
+    def n_encoded(self) -> int:
+        """Images that were encoded since the last new store."""
+        return (self.folder / "marks").stat().st_size
 
-    def judge(self, url: str, *, invalid: Mapping[int, str] | None = None) -> Trial:
+    def poisoned_tars(self, rows: Sequence[int], colour: tuple[int, int, int]) -> str:
+        """Pattern of a copy of the tars in which the images of some rows have one colour."""
+        folder = self.folder / f"tars-{self.n_stores}"
+        folder.mkdir()
+        poison = io.BytesIO()
+        Image.new("RGB", (16, 16), colour).save(poison, "PNG")
+        row = 0
+        for path in sorted((self.folder / "tars").glob("*.tar")):
+            with tarfile.open(path) as source, tarfile.open(folder / path.name, "w") as copy:
+                for member in source:
+                    file = source.extractfile(member)
+                    data = file.read() if file is not None else b""
+                    if member.name.endswith(".jpg"):
+                        if row in rows:
+                            data = poison.getvalue()
+                        row += 1
+                    member.size = len(data)
+                    copy.addfile(member, io.BytesIO(data))
+        return str(folder / "*.tar")
+
+    def tame_reference(self, tars: str) -> FeatureStore:
+        """The undisturbed store of some tars, with a backbone to which nothing is poison."""
+        store = self.new_store()
+        self.finish(store, {"tars": tars, "DRL_SOAK_TAME": "1"})
+        return FeatureStore.open(store)
+
+    def judge(
+        self,
+        url: str,
+        *,
+        reference: FeatureStore | None = None,
+        invalid: Mapping[int, str] | None = None,
+    ) -> Trial:
         """Compare a store with the undisturbed one; `invalid` rows must be listed for a reason that
-        begins so, and nothing is asked of their features."""
-        store, reference, invalid = FeatureStore.open(url), self.reference, invalid or {}
+        has this in it, and nothing is asked of their features."""
+        store, invalid = FeatureStore.open(url), invalid or {}
+        reference = reference or self.reference
         receipts = store.receipts()
         accounted = np.zeros(store.spec.n_samples, np.int64)
         for receipt in receipts.values():
@@ -154,7 +186,7 @@ class World:
         listed = {row.row: row.reason for r in receipts.values() for row in r.invalid}
         trial = Trial(lost=int((accounted != 1).sum()))
         trial.lost += len(listed.keys() ^ invalid.keys())
-        trial.wrong += sum(not listed.get(row, "").startswith(why) for row, why in invalid.items())
+        trial.wrong += sum(why not in listed.get(row, "") for row, why in invalid.items())
         wrong = np.zeros(store.spec.n_samples, np.bool_)
         rows = np.array([r for r in range(store.spec.n_samples) if r not in invalid])
         for array in reference.arrays:
@@ -169,7 +201,7 @@ class World:
         problems = store.verify(deep=True)
         trial.wrong += len(problems)
         trial.note = "; ".join(str(problem) for problem in problems[:2])
-        trial.recomputed = max(self.n_encoded(url) - store.spec.n_samples, 0)
+        trial.recomputed = max(self.n_encoded - store.spec.n_samples, 0)
         return trial
 
 
@@ -200,30 +232,31 @@ class Run:
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    def children(self) -> list[int]:
-        """Process ids of the workers: descendants that have the backbone's file open, or compute."""
-        pids = {self.process.pid}
-        for _ in range(3):
-            for path in Path("/proc").glob("[0-9]*/stat"):
-                try:
-                    text = path.read_text()
-                except OSError:
-                    continue
-                pid, parent = int(text.split()[0]), int(text.rpartition(")")[2].split()[1])
-                if parent in pids:
-                    pids.add(pid)
-        return sorted(pids - {self.process.pid})
-
     def until_encoded(self, world: World, n_images: int) -> bool:
         """Wait until all runs of the store have encoded so many images; False if it ended."""
         deadline = time.monotonic() + PATIENCE_S
-        while world.n_encoded(self.store) < n_images:
+        while world.n_encoded < n_images:
             if self.process.poll() is not None:
                 return False
             if time.monotonic() > deadline:
                 raise AssertionError(f"{self.store}: not at work after {PATIENCE_S} s")
             time.sleep(0.005)
         return True
+
+
+def descendants(pid: int) -> list[int]:
+    """Process ids of all processes below one."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            text = path.read_text()
+        except OSError:
+            continue  # it ended meanwhile
+        parents[int(text.split()[0])] = int(text.rpartition(")")[2].split()[1])
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return sorted(found - {pid})
 
 
 @contextmanager
