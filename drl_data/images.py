@@ -109,12 +109,17 @@ def _decode(
         return frames[0] if spec.frames == 1 else np.stack(frames, axis=2)
     except (ImageError, MemoryError):
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Image.DecompressionBombError as error:
         if Image.MAX_IMAGE_PIXELS == _MAX_IMAGE_PIXELS and spec.max_pixels <= 2 * _MAX_IMAGE_PIXELS:
             raise ImageError("decode", _one_line(error)) from error
         raise InputError(
             f"PIL.Image.MAX_IMAGE_PIXELS is {Image.MAX_IMAGE_PIXELS} in this process, which "
             f"refuses an image that images.max_pixels {spec.max_pixels} may allow; set it to None"
+        ) from error
+    except Warning as error:
+        raise InputError(
+            f"{_one_line(error)}: warnings are errors in this process (-W error, PYTHONWARNINGS), "
+            "which refuses images that are valid elsewhere; let them be warnings"
         ) from error
     except Exception as error:  # a decoder may raise anything on hostile bytes: this row's fault
         raise ImageError("decode", _one_line(error)) from error

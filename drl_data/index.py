@@ -133,8 +133,8 @@ class SampleIndex:
                 f"{len(theirs)} tars given for the {len(ours)} of the index: {given}, want {mine}; "
                 "give the tars that were indexed, in their order, or index again"
             )
-        tars = (replace(tar, url=url) for tar, url in zip(self.tars, urls, strict=True))
-        return replace(self, tars=tuple(tars))
+        pairs = zip(self.tars, urls, strict=True)
+        return self.with_tars([replace(tar, url=url) for tar, url in pairs])
 
     def located(self, dataset: DatasetSpec) -> SampleIndex:
         """The same index, reading where `dataset` says if its own URLs have lost their secrets.
@@ -146,10 +146,21 @@ class SampleIndex:
             return self
         return self.with_urls([url for _, url in _list_tars(dataset)])
 
-    def secret_urls(self) -> tuple[str, ...] | None:
-        """The URLs of all tars, to be handed to who loads the saved index; None without secrets."""
-        secret = any(tar.url != tar.public_url for tar in self.tars)
-        return tuple(tar.url for tar in self.tars) if secret else None
+    def with_tars(self, tars: Sequence[TarInfo]) -> SampleIndex:
+        """The same rows in the same tars, which lie elsewhere or were written again.
+
+        Raises:
+            InputError: if they are not as many.
+        """
+        if len(tars) != len(self.tars):
+            raise InputError(
+                f"{len(tars)} tars given for the {len(self.tars)} of the index; index again"
+            )
+        return replace(self, tars=tuple(tars))
+
+    def public_tars(self) -> tuple[TarInfo, ...]:
+        """The tars as they are saved: without the secrets of their URLs."""
+        return tuple(replace(tar, url=tar.public_url) for tar in self.tars)
 
     def slice(self, start: int, stop: int) -> pa.Table:
         """Rows `start` to `stop` (exclusive), without a copy."""
@@ -181,7 +192,7 @@ class SampleIndex:
         """
         about: JsonValue = {
             "format": INDEX_FORMAT,
-            "tars": [asdict(replace(tar, url=tar.public_url)) for tar in self.tars],
+            "tars": [asdict(tar) for tar in self.public_tars()],
             "label_names": self._label_json(),
             "dataset": _without_secrets(self.dataset).model_dump(mode="json"),
         }

@@ -28,7 +28,7 @@ from drl_data.errors import (
     TapError,
     redacted,
 )
-from drl_data.index import SampleIndex
+from drl_data.index import SampleIndex, TarInfo
 from drl_data.objects import Buffer, Folder, open_folder
 from drl_data.plan import InvalidRow, Unit, plan_units
 from drl_data.receipts import (
@@ -167,16 +167,17 @@ class FeatureStore:
             self._index = SampleIndex.load(f"{self.url}/index.parquet")
         return self._index
 
-    def locate_tars(self, urls: Sequence[str]) -> None:
-        """Read the tars of the index from these URLs: its own have no secrets, which these may.
+    def locate_tars(self, tars: Sequence[TarInfo]) -> None:
+        """Take the same tars to be here: those of the index have no secrets in their URLs, and may
+        have been written again or elsewhere since.
 
         Raises:
-            InputError: if they are not the URLs of the index but for their secrets.
+            InputError: if they are not as many as the index has.
         """
-        self._index = self.index.with_urls(urls)
+        self._index = self.index.with_tars(tars)
 
     def locate_dataset(self, dataset: DatasetSpec) -> None:
-        """`locate_tars`, by the patterns of a pipeline, where the index lost secrets.
+        """Read images from where a pipeline says, if the URLs of the index have lost their secrets.
 
         Raises:
             InputError: if `dataset` names other tars.
