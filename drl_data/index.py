@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
 from typing import Any, Literal
 
 import numpy as np
@@ -126,15 +127,14 @@ class SampleIndex:
         """
         ours, theirs = [tar.public_url for tar in self.tars], [redacted(url) for url in urls]
         if ours != theirs:
-            (mine, given) = next(
-                ((a, b) for a, b in zip(ours, theirs, strict=False) if a != b), (ours, theirs)
-            )
+            pairs = zip_longest(ours, theirs, fillvalue="none")
+            mine, given = next((a, b) for a, b in pairs if a != b)
             raise InputError(
-                f"{len(theirs)} tars given for the {len(ours)} of the index: {given}, want {mine}; "
-                "give the tars that were indexed, in their order, or index again"
+                f"other tars than those of the index: {given!r}, want {mine!r}; give the tars that "
+                "were indexed, in their order, or index again"
             )
-        pairs = zip(self.tars, urls, strict=True)
-        return self.with_tars([replace(tar, url=url) for tar, url in pairs])
+        moved = zip(self.tars, urls, strict=True)
+        return self.with_tars([replace(tar, url=url) for tar, url in moved])
 
     def located(self, dataset: DatasetSpec) -> SampleIndex:
         """The same index, reading where `dataset` says if its own URLs have lost their secrets.

@@ -13,6 +13,7 @@ the child instead of hanging.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import tempfile
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit, urlunsplit
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, NotFoundError, PreconditionError
@@ -344,10 +345,21 @@ def _whole(data: memoryview, n_bytes: int, name: str, start: int) -> memoryview:
 def _connect(url: str) -> ObjectStore:
     scheme = urlsplit(url).scheme
     if scheme in ("http", "https"):
-        return HTTPStore.from_url(url, client_options={"allow_http": True})
+        return _connect_web(url)
     if scheme in ("s3", "s3a"):
         return _connect_s3(url)
     return from_url(url)
+
+
+def _connect_web(url: str) -> HTTPStore:
+    """User and password go into a header: obstore would not send them, but print them in errors."""
+    parts = urlsplit(url)
+    user_info, at, place = parts.netloc.rpartition("@")
+    client: ClientConfig = {"allow_http": True}
+    if at:
+        token = base64.b64encode(unquote_to_bytes(user_info)).decode()
+        client["default_headers"] = {"Authorization": f"Basic {token}"}
+    return HTTPStore.from_url(urlunsplit(parts._replace(netloc=place)), client_options=client)
 
 
 def _connect_s3(url: str) -> S3Store:
