@@ -29,6 +29,7 @@ from drl_data.errors import FeatureError, StoreMismatchError, TapError
 from drl_data.features import FeatureComputer
 from drl_data.fits import fitted
 from drl_data.images import ImageBatch, read_batches
+from drl_data.index import TarInfo
 from drl_data.metering import ByteBudget, Clock
 from drl_data.noise_bank import bank_digest, read_bank
 from drl_data.pipeline import RunSpec
@@ -214,11 +215,12 @@ def make_task(
     n_cpus: int,
     device: str | None = None,
     noise_file: str | None = None,
+    tars: Sequence[TarInfo] | None = None,
 ) -> ExtractTask:
     """Open the store and load the weights: what an executor runs once in each worker.
 
     `backbone`, `condition` and `noise_file` say where the files are whose digests the store's spec
-    holds.
+    holds; `tars` where the tars are, if the store's index does not.
     `n_cpus` is how many units may compute at a time where there is no GPU. `device` defaults to
     the first visible GPU, else the CPU.
 
@@ -227,6 +229,8 @@ def make_task(
         TapError: if the model has other modules than when the store was made.
     """
     store = FeatureStore.open(store_url)
+    if tars is not None:
+        store.locate_tars(tars)
     model = find_model(backbone)
     found = {"weights": model.digest(), **condition_files(condition)}
     wanted = {"weights": store.spec.weights, **store.spec.condition_files}

@@ -21,7 +21,7 @@ from drl_data.errors import SpecError
 from drl_data.executors import Outcome, run_local, run_ray
 from drl_data.extract import condition_files, make_task
 from drl_data.flops import FeatureFlops
-from drl_data.index import SampleIndex, build_index, is_current
+from drl_data.index import SampleIndex, TarInfo, build_index, if_current
 from drl_data.noise_bank import by_content, read_bank
 from drl_data.pipeline import Pipeline, StoreSpec
 from drl_data.plan import Unit, auto_rows_per_unit, select_units
@@ -48,6 +48,9 @@ class Prepared:
     """With the place of its files, which the spec leaves out."""
     missing: tuple[str, ...] = ()
     """Files that the pipeline names but that are not there, where only its structure is asked."""
+    tars: tuple[TarInfo, ...] | None = None
+    """Where the tars are now, unless the store's own index says it: it holds no secrets of URLs,
+    and the same tars may have been written again or elsewhere since it was saved."""
 
     @property
     def without_weights(self) -> str | None:
@@ -98,12 +101,12 @@ def prepare(
             "or `split_into_buckets` and take one"
         )
     store = FeatureStore.open(store_spec.url) if FeatureStore.exists(store_spec.url) else None
-    if index is not None:
-        pass
-    elif store is not None and is_current(store.index, pipeline.dataset):
-        index = store.index
-    else:
+    if index is None and store is not None:
+        index = if_current(store.index, pipeline.dataset)
+    if index is None:
         index = build_index(pipeline.dataset)
+    saved = index.public_tars() if store is None else store.index.tars
+    tars = None if index.tars == saved else index.tars
     model, told = find_model(backbone, structure_only=structure_only), pipeline.condition
     bank = None if pipeline.noise.file is None else read_bank(pipeline.noise.file)
     draft = FeatureSpec(
@@ -130,12 +133,12 @@ def prepare(
         rows = store.spec.rows_per_unit if wanted == "auto" else wanted
         spec = draft.model_copy(update={"rows_per_unit": rows})
         if spec == store.spec:
-            return Prepared(index, spec, store.arrays, store.times, model, told, missing)
+            return Prepared(index, spec, store.arrays, store.times, model, told, missing, tars)
     arrays, times = resolve_features(model, draft, extremes(told, index), bank)
     if wanted == "auto":
         wanted = auto_rows_per_unit(arrays, index.n_samples, draft.batch_size)
     spec = draft.model_copy(update={"rows_per_unit": wanted})
-    return Prepared(index, spec, arrays, times, model, told, missing)
+    return Prepared(index, spec, arrays, times, model, told, missing, tars)
 
 
 def _without_missing_files(pipeline: Pipeline) -> tuple[Pipeline, tuple[str, ...]]:
@@ -245,7 +248,7 @@ def extract(
     start = time.perf_counter()
     n_rows = sum(unit.n_rows for unit in pending)
     if pending:
-        outcomes = run(pipeline, pending)
+        outcomes = run(pipeline, pending, tars=prepared.tars)
         with one_thread(), progress.bar("extract", n_rows, "images") as bar:
             for outcome in outcomes:
                 _add(summary, outcome)
@@ -256,8 +259,13 @@ def extract(
     return summary
 
 
-def run(pipeline: Pipeline, units: Sequence[Unit]) -> Iterator[Outcome[Receipt]]:
-    """Hand the units to the executor that `pipeline.run` names."""
+def run(
+    pipeline: Pipeline, units: Sequence[Unit], *, tars: Sequence[TarInfo] | None = None
+) -> Iterator[Outcome[Receipt]]:
+    """Hand the units to the executor that `pipeline.run` names.
+
+    `tars` says where the tars are, if the store's index does not (`Prepared.tars`).
+    """
     backbone, _, store_spec = required_sections(pipeline)
     settings = pipeline.run
     local = settings.executor == "local"
@@ -270,6 +278,7 @@ def run(pipeline: Pipeline, units: Sequence[Unit]) -> Iterator[Outcome[Receipt]]
         settings,
         n_cpus,
         noise_file=pipeline.noise.file,
+        tars=tars,
     )
     leases = settings.leases or n_cpus + 2
     if local:

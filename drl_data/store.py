@@ -26,8 +26,9 @@ from drl_data.errors import (
     ObjectNotFoundError,
     StoreError,
     TapError,
+    redacted,
 )
-from drl_data.index import SampleIndex
+from drl_data.index import SampleIndex, TarInfo
 from drl_data.objects import Buffer, Folder, open_folder
 from drl_data.plan import InvalidRow, Unit, plan_units
 from drl_data.receipts import (
@@ -41,7 +42,7 @@ from drl_data.receipts import (
 )
 from drl_data.shard_reader import ShardReader, in_threads
 from drl_data.shards import Array, crc32c, non_finite_rows
-from drl_data.spec import ArraySpec, FeatureSpec, ResolvedTime
+from drl_data.spec import ArraySpec, DatasetSpec, FeatureSpec, ResolvedTime
 from drl_data.spec_base import canonical_json
 from drl_data.store_metadata import (
     Described,
@@ -84,9 +85,8 @@ class FeatureStore:
         return FeatureStore.open, (self.url,)
 
     def __repr__(self) -> str:
-        return (
-            f"FeatureStore({self.url!r}, {len(self.arrays)} arrays x {len(self.times)} timesteps)"
-        )
+        url, n_arrays = redacted(self.url), len(self.arrays)
+        return f"FeatureStore({url!r}, {n_arrays} arrays x {len(self.times)} timesteps)"
 
     # --- making and opening ---------------------------------------------------------------------
 
@@ -166,6 +166,23 @@ class FeatureStore:
         if self._index is None:
             self._index = SampleIndex.load(f"{self.url}/index.parquet")
         return self._index
+
+    def locate_tars(self, tars: Sequence[TarInfo]) -> None:
+        """Take the same tars to be here: those of the index have no secrets in their URLs, and may
+        have been written again or elsewhere since.
+
+        Raises:
+            InputError: if they are not as many as the index has.
+        """
+        self._index = self.index.with_tars(tars)
+
+    def locate_dataset(self, dataset: DatasetSpec) -> None:
+        """Read images from where a pipeline says, if the URLs of the index have lost their secrets.
+
+        Raises:
+            InputError: if `dataset` names other tars.
+        """
+        self._index = self.index.located(dataset)
 
     @cached_property
     def _by_name(self) -> dict[str, ArraySpec]:
