@@ -214,11 +214,12 @@ def make_task(
     n_cpus: int,
     device: str | None = None,
     noise_file: str | None = None,
+    tar_urls: Sequence[str] | None = None,
 ) -> ExtractTask:
     """Open the store and load the weights: what an executor runs once in each worker.
 
     `backbone`, `condition` and `noise_file` say where the files are whose digests the store's spec
-    holds.
+    holds; `tar_urls` where the tars are, if the store may not say it (their URLs hold secrets).
     `n_cpus` is how many units may compute at a time where there is no GPU. `device` defaults to
     the first visible GPU, else the CPU.
 
@@ -227,6 +228,8 @@ def make_task(
         TapError: if the model has other modules than when the store was made.
     """
     store = FeatureStore.open(store_url)
+    if tar_urls is not None:
+        store.locate_tars(tar_urls)
     model = find_model(backbone)
     found = {"weights": model.digest(), **condition_files(condition)}
     wanted = {"weights": store.spec.weights, **store.spec.condition_files}

@@ -90,10 +90,28 @@ def open_folder(url: str) -> Folder:
 
 def open_parent(url: str) -> tuple[Folder, str]:
     """The folder that holds the object at `url`, and the object's name in it."""
-    parent, _, name = url.rpartition("/")
+    parent, name = split_url(url)
     if not name:
         raise ObjectError(f"{url!r} names no object")
-    return open_folder(parent or ("/" if url.startswith("/") else ".")), name
+    return open_folder(parent), name
+
+
+def split_url(url: str) -> tuple[str, str]:
+    """The URL of the folder, and the object's name in it; the query of a web address (which may be
+    the signature of this very object) stays with the folder."""
+    place, mark, query = url.partition("?") if _is_web(url) else (url, "", "")
+    parent, _, name = place.rpartition("/")
+    return (parent or ("/" if url.startswith("/") else ".")) + mark + query, name
+
+
+def join_url(folder: str, path: str) -> str:
+    """URL of an object in a folder, with the query of the folder at its end."""
+    place, mark, query = folder.partition("?") if _is_web(folder) else (folder, "", "")
+    return f"{place}/{path}{mark}{query}"
+
+
+def _is_web(url: str) -> bool:
+    return url.startswith(("http:", "https:"))
 
 
 class LocalFolder:
@@ -174,7 +192,8 @@ class ObstoreFolder:
     """S3, GCS, Azure and HTTP through obstore; pickles by URL."""
 
     def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
+        signed = _is_web(url) and "?" in url
+        self.url = url if signed else url.rstrip("/")
         self._store: ObjectStore | None = None
 
     def __getstate__(self) -> str:
@@ -208,7 +227,7 @@ class ObstoreFolder:
             return memoryview(b"")
         with _remote_errors(self.url, path):
             data = memoryview(obstore.get_range(self.store, path, start=start, end=stop))
-        return _whole(data, stop - start, f"{self.url}/{path}", start)
+        return _whole(data, stop - start, join_url(self.url, path), start)
 
     def put(self, path: str, parts: Sequence[Buffer]) -> None:
         with _remote_errors(self.url, path):
@@ -224,7 +243,11 @@ class ObstoreFolder:
 
     def head(self, path: str) -> ObjectInfo:
         with _remote_errors(self.url, path):
-            meta = obstore.head(self.store, path)
+            if _is_web(self.url) and "?" in self.url:
+                # A URL that is signed for GET does not allow HEAD; one byte says the same.
+                meta = obstore.get(self.store, path, options={"range": (0, 1)}).meta
+            else:
+                meta = obstore.head(self.store, path)
         return ObjectInfo(path, meta["size"], (meta["e_tag"] or "").strip('"'))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
@@ -372,7 +395,7 @@ def _remote_errors(url: str, path: str) -> Iterator[None]:
     try:
         yield
     except (NotFoundError, FileNotFoundError) as error:
-        raise ObjectNotFoundError(f"{url}/{path}: no such object") from error
+        raise ObjectNotFoundError(f"{join_url(url, path)}: no such object") from error
     except (obstore.exceptions.BaseError, OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ObjectError(f"{url}/{path}: {first_line}") from error
+        raise ObjectError(f"{join_url(url, path)}: {first_line}") from error
