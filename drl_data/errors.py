@@ -12,8 +12,9 @@ DrlDataError
 │   ├── AlignmentError        a write that is not one whole unit
 │   ├── FeatureError          features of the wrong shape or dtype, or not finite
 │   └── ConflictError         two writers signed one unit with different bytes
-├── ObjectError               object storage failed; the same call may work the next time
+├── ObjectError               object storage failed
 │   ├── ObjectNotFoundError   ... the object is not there
+│   ├── TransientError        ... busy, cut off, timed out: was tried again and again
 │   └── StorageUnusableError  ... access denied, bucket missing, disk full: ends the run
 ├── ForkError                 a handle that does not survive fork() was used in a forked process
 ├── StoppedError              a unit given back, because the run was told to stop
@@ -124,6 +125,10 @@ class ObjectError(DrlDataError):
 
 class ObjectNotFoundError(ObjectError):
     """The object is not there."""
+
+
+class TransientError(ObjectError):
+    """A request that may work the next time; whoever sees it, requests were repeated in vain."""
 
 
 class StorageUnusableError(ObjectError):

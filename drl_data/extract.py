@@ -101,6 +101,7 @@ class ExtractTask:
                 n_threads=self._run.decode_threads,
                 prefetch_bytes=prefetch_bytes,
                 views=True,
+                retries=clock.retries,
             )
             with closing(batches):
                 primed = itertools.chain([next(batches)], batches)  # reads while others compute
@@ -121,6 +122,7 @@ class ExtractTask:
                     versions=_versions(),
                     attempt=lease.attempt,
                     damage=computed.damage,
+                    retries=clock.retries.value,
                 ),
                 UnitCounts(
                     samples=self._index.digest_rows(unit.start, unit.stop),

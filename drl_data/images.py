@@ -25,7 +25,7 @@ from PIL import GifImagePlugin, Image, ImageFile, PngImagePlugin, TiffImagePlugi
 from drl_data.errors import ImageError, InputError, ObjectNotFoundError, is_redacted
 from drl_data.fitting import FILTERS, check_n_pixels, fitted
 from drl_data.index import SampleIndex, TarInfo
-from drl_data.objects import Buffer, Folder, open_parent
+from drl_data.objects import Buffer, Folder, RetryCount, counted, open_parent
 from drl_data.plan import InvalidRow, Unit
 from drl_data.spec import CropViews, ImageSpec, PaddedCropViews
 from drl_data.tar import GzipSource
@@ -301,6 +301,7 @@ def read_batches(
     n_threads: int,
     prefetch_bytes: int,
     views: bool = False,
+    retries: RetryCount | None = None,
 ) -> Generator[ImageBatch]:
     """The unit's rows in order, `batch_size` at a time, decoded ahead in `n_threads` threads.
 
@@ -308,7 +309,8 @@ def read_batches(
 
     `prefetch_bytes` bounds what is fetched and decoded ahead of the consumer; what the next batch
     needs is always fetched, but large images of it one after the other. Closing the generator ends
-    its threads. A gzip tar is inflated from its beginning for each unit.
+    its threads. A gzip tar is inflated from its beginning for each unit. `retries` counts the
+    requests that were made again.
 
     Raises:
         InputError: if a tar is gone or has changed since it was indexed, before the first batch or
@@ -317,7 +319,9 @@ def read_batches(
     """
     if not views:
         spec = spec.model_copy(update={"views": ()})
-    reader = _UnitReader(unit, index, spec, batch_size, n_threads, prefetch_bytes)
+    reader = _UnitReader(
+        unit, index, spec, batch_size, n_threads, prefetch_bytes, retries or RetryCount()
+    )
     try:
         reader.check_tars()
         for start in range(unit.start, unit.stop, batch_size):
@@ -380,6 +384,7 @@ class _UnitReader:
         batch_size: int,
         n_threads: int,
         prefetch_bytes: int,
+        retries: RetryCount,
     ) -> None:
         self._unit, self._spec, self._batch_size = unit, spec, batch_size
         axis = [spec.n_views] if spec.views else []
@@ -403,7 +408,7 @@ class _UnitReader:
             if self._reasons[i] is None and unit.start + i not in self._too_large
         ]
         self._spans = deque(_cut_spans(places, min(MAX_SPAN_BYTES, prefetch_bytes // 4)))
-        self._tars = {tar: _OpenTar(index.tars[tar]) for tar in sorted(set(tars))}
+        self._tars = {tar: _OpenTar(index.tars[tar], retries) for tar in sorted(set(tars))}
         self._budget, self._in_flight = prefetch_bytes, 0
         self._flying: deque[_InFlight] = deque()
         self._pixels: dict[int, np.ndarray] = {}
@@ -536,15 +541,15 @@ def _decode_into(
 class _OpenTar:
     """One tar of a unit: plain, read by ranges; or gzip, read from front to back."""
 
-    def __init__(self, info: TarInfo) -> None:
+    def __init__(self, info: TarInfo, retries: RetryCount) -> None:
         self._info = info
         if is_redacted(info.url):
             raise InputError(
                 f"{info.url}: a store keeps the URLs of tars without their secrets; give them "
                 "again: `store.index.with_urls([...])`, or `store.locate_dataset(...)`"
             )
-        self._folder: Folder
-        self._folder, self._name = open_parent(info.url)
+        folder, self._name = open_parent(info.url)
+        self._folder: Folder = counted(folder, retries)
         self._gzip: GzipSource | None = None
         if info.compression == "gzip":
             self._gzip = GzipSource(self._folder, self._name, info.size)
