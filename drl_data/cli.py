@@ -10,6 +10,7 @@ import logging
 import re
 import signal
 import sys
+import traceback
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
@@ -20,7 +21,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
-from drl_data.errors import DrlDataError, SpecError, UserError
+from drl_data.errors import DrlDataError, SpecError, UserError, redacted, visible
 from drl_data.pipeline import Pipeline, StoreSpec
 
 if TYPE_CHECKING:
@@ -69,6 +70,9 @@ def main() -> None:
     except DrlDataError as error:
         err.print(f"[red]failed:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)
+    except Exception:  # a bug of ours: the traceback, but without what errors of others repeat
+        err.print(redacted(traceback.format_exc()), soft_wrap=True, markup=False, highlight=False)
+        sys.exit(1)
 
 
 class _Interrupted(BaseException):
@@ -79,15 +83,20 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise _Interrupted
 
 
+class _RedactedFormatter(logging.Formatter):
+    """Messages and tracebacks, also of libraries, without the secrets of URLs in them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
+
 @app.callback()
 def _setup(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")] = False,
 ) -> None:
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING,
-        format="%(message)s",
-        handlers=[RichHandler(console=err, show_path=False)],
-    )
+    handler = RichHandler(console=err, show_path=False)
+    handler.setFormatter(_RedactedFormatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
 
 
 @app.command()
@@ -133,7 +142,11 @@ def index(
 
     found = build_index(DatasetSpec(tars={"all": tuple(tars)}), progress=console_progress())
     found.save(path)
-    out.print(f"{found.n_samples} samples of {len(found.tars)} tars in {path}", soft_wrap=True)
+    repeated = f", {found.n_repeated_keys} with a key of another" if found.n_repeated_keys else ""
+    out.print(
+        f"{found.n_samples} samples{repeated} of {len(found.tars)} tars in {redacted(path)}",
+        soft_wrap=True,
+    )
 
 
 @app.command()
@@ -257,7 +270,7 @@ def status(url: StoreUrl) -> None:
     n_ok = sum(receipt.n_ok for receipt in receipts.values())
     state = "sealed" if store.sealed else "open"
     out.print(
-        f"{url}: {state}, {len(receipts)} of {len(store.units)} units done, {n_ok} of "
+        f"{redacted(url)}: {state}, {len(receipts)} of {len(store.units)} units done, {n_ok} of "
         f"{store.spec.n_samples} samples ok; fingerprint {store.fingerprint}",
         soft_wrap=True,
     )
@@ -280,7 +293,7 @@ def verify(
     problems = FeatureStore.open(url).verify(deep=deep)
     for problem in problems:
         err.print(f"[red]problem:[/] {escape(str(problem))}", soft_wrap=True)
-    out.print(f"{url}: {len(problems)} problems", soft_wrap=True)
+    out.print(f"{redacted(url)}: {len(problems)} problems", soft_wrap=True)
     raise typer.Exit(1 if problems else 0)
 
 
@@ -417,7 +430,7 @@ def _print_summary(summary: RunSummary) -> bool:
         rate = summary.n_ok / summary.wall_s
         out.print(
             f"{summary.n_ok} samples in {summary.wall_s:.1f} s ({rate:.1f}/s), "
-            f"{format_bytes(summary.n_bytes)} to {summary.store.url}",
+            f"{format_bytes(summary.n_bytes)} to {redacted(summary.store.url)}",
             soft_wrap=True,
         )
         stages = ", ".join(f"{name} {s:.1f}" for name, s in summary.stage_s.items())
@@ -432,8 +445,8 @@ def _print_invalid(store: FeatureStore) -> int:
     rows = [row for receipt in store.receipts().values() for row in receipt.invalid]
     for row in rows[:MAX_LISTED]:
         err.print(
-            f"[yellow]invalid:[/] row {row.row}, {escape(row.key)}: {row.stage}: "
-            f"{escape(row.reason)}",
+            f"[yellow]invalid:[/] row {row.row}, {escape(visible(row.key))}: {row.stage}: "
+            f"{escape(visible(row.reason))}",
             soft_wrap=True,
         )
     if len(rows) > MAX_LISTED:

@@ -18,7 +18,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from drl_data.errors import DrlDataError, ExecutionError, ObjectError, UserError
+from drl_data.errors import DrlDataError, ExecutionError, ObjectError, UserError, redacted
 from drl_data.plan import Lease, Unit
 from drl_data.stopping import Stop
 
@@ -308,9 +308,9 @@ class _RayDriver(Generic[R]):
 def describe(error: BaseException) -> str:
     """One line for a receipt or a table; our own errors speak for themselves."""
     text = str(error).strip() or repr(error)
-    return text if isinstance(error, DrlDataError) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, DrlDataError) else redacted(f"{type(error).__name__}: {text}")
 
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else repr(error)
+    return redacted(lines[0] if lines else repr(error))

@@ -100,6 +100,7 @@ class ExtractTask:
                 n_threads=self._run.decode_threads,
                 prefetch_bytes=prefetch_bytes,
                 views=True,
+                retries=clock.retries,
             )
             with closing(batches):
                 primed = itertools.chain([next(batches)], batches)  # reads while others compute
@@ -120,6 +121,7 @@ class ExtractTask:
                     versions=_versions(),
                     attempt=lease.attempt,
                     damage=computed.damage,
+                    retries=clock.retries.value,
                 ),
                 UnitCounts(
                     samples=self._index.digest_rows(unit.start, unit.stop),
@@ -214,11 +216,12 @@ def make_task(
     n_cpus: int,
     device: str | None = None,
     noise_file: str | None = None,
+    tar_urls: Sequence[str] | None = None,
 ) -> ExtractTask:
     """Open the store and load the weights: what an executor runs once in each worker.
 
     `backbone`, `condition` and `noise_file` say where the files are whose digests the store's spec
-    holds.
+    holds; `tar_urls` where the tars are, if the store may not say it (their URLs hold secrets).
     `n_cpus` is how many units may compute at a time where there is no GPU. `device` defaults to
     the first visible GPU, else the CPU.
 
@@ -227,6 +230,8 @@ def make_task(
         TapError: if the model has other modules than when the store was made.
     """
     store = FeatureStore.open(store_url)
+    if tar_urls is not None:
+        store.locate_tars(tar_urls)
     model = find_model(backbone)
     found = {"weights": model.digest(), **condition_files(condition)}
     wanted = {"weights": store.spec.weights, **store.spec.condition_files}

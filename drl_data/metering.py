@@ -11,6 +11,8 @@ from typing import TypeVar
 
 import torch
 
+from drl_data.retries import RetryCount
+
 T = TypeVar("T")
 
 
@@ -38,9 +40,11 @@ class ByteBudget:
 
 
 class Clock:
-    """Seconds by stage; on a GPU by events, so that timing does not synchronise."""
+    """Seconds by stage; on a GPU by events, so that timing does not synchronise. And the requests
+    to storage that were made again meanwhile."""
 
     def __init__(self, device: torch.device) -> None:
+        self.retries = RetryCount()
         self._cuda = device.type == "cuda"
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []

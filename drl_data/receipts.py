@@ -7,10 +7,10 @@ from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, JsonValue, ValidationError, model_validator
+from pydantic import AfterValidator, Field, JsonValue, ValidationError, model_validator
 
 from drl_data.checksums import checked_json, parse_json, signed_json
-from drl_data.errors import StoreError
+from drl_data.errors import StoreError, redacted
 from drl_data.index import SampleIndex
 from drl_data.objects import Buffer
 from drl_data.plan import InvalidRow, Unit
@@ -31,7 +31,7 @@ class Damage(Spec):
 class TarRecord(Spec):
     """One tar as it was when the unit was read; the URL without its secrets."""
 
-    url: str
+    url: Annotated[str, AfterValidator(redacted)]
     size: Count
     etag: str
 
@@ -166,7 +166,7 @@ def sample_table(index: SampleIndex, receipts: Mapping[int, Receipt]) -> pa.Tabl
         status[receipt.start : receipt.stop] = "ok"
         for row in receipt.invalid:
             status[row.row], stage[row.row], reason[row.row] = "invalid", row.stage, row.reason
-    urls = np.array([tar.url for tar in index.tars], object)
+    urls = np.array([tar.public_url for tar in index.tars], object)
     table = index.table.select(["key", "split", "label", "caption"])
     table = table.add_column(0, "row", pa.array(np.arange(n)))
     tars = urls[np.asarray(index.table["tar"])]

@@ -21,7 +21,7 @@ from drl_data.errors import SpecError
 from drl_data.executors import Outcome, run_local, run_ray
 from drl_data.extract import condition_files, make_task
 from drl_data.flops import FeatureFlops
-from drl_data.index import SampleIndex, build_index, is_current
+from drl_data.index import SampleIndex, build_index, if_current
 from drl_data.noise_bank import by_content, read_bank
 from drl_data.pipeline import Pipeline, StoreSpec
 from drl_data.plan import Unit, auto_rows_per_unit, select_units
@@ -98,11 +98,9 @@ def prepare(
             "or `split_into_buckets` and take one"
         )
     store = FeatureStore.open(store_spec.url) if FeatureStore.exists(store_spec.url) else None
-    if index is not None:
-        pass
-    elif store is not None and is_current(store.index, pipeline.dataset):
-        index = store.index
-    else:
+    if index is None and store is not None:
+        index = if_current(store.index, pipeline.dataset)
+    if index is None:
         index = build_index(pipeline.dataset)
     model, told = find_model(backbone, structure_only=structure_only), pipeline.condition
     bank = None if pipeline.noise.file is None else read_bank(pipeline.noise.file)
@@ -245,7 +243,7 @@ def extract(
     start = time.perf_counter()
     n_rows = sum(unit.n_rows for unit in pending)
     if pending:
-        outcomes = run(pipeline, pending)
+        outcomes = run(pipeline, pending, tar_urls=store.index.secret_urls())
         with one_thread(), progress.bar("extract", n_rows, "images") as bar:
             for outcome in outcomes:
                 _add(summary, outcome)
@@ -256,8 +254,13 @@ def extract(
     return summary
 
 
-def run(pipeline: Pipeline, units: Sequence[Unit]) -> Iterator[Outcome[Receipt]]:
-    """Hand the units to the executor that `pipeline.run` names."""
+def run(
+    pipeline: Pipeline, units: Sequence[Unit], *, tar_urls: Sequence[str] | None = None
+) -> Iterator[Outcome[Receipt]]:
+    """Hand the units to the executor that `pipeline.run` names.
+
+    `tar_urls` are those of all tars where they hold secrets, which the store's own do not.
+    """
     backbone, _, store_spec = required_sections(pipeline)
     settings = pipeline.run
     local = settings.executor == "local"
@@ -270,6 +273,7 @@ def run(pipeline: Pipeline, units: Sequence[Unit]) -> Iterator[Outcome[Receipt]]
         settings,
         n_cpus,
         noise_file=pipeline.noise.file,
+        tar_urls=tar_urls,
     )
     leases = settings.leases or n_cpus + 2
     if local:

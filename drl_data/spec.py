@@ -149,6 +149,9 @@ class ImageSpec(Spec):
     mean [0.485, 0.456, 0.406] and std [0.229, 0.224, 0.225]."""
     max_pixels: int = 178_956_970
     """An image with more pixels than this is refused before it is decoded (Pillow's bomb limit)."""
+    max_bytes: Positive = 1 << 30
+    """A member of the tar with more bytes than this is refused before it is fetched; the default is
+    what `max_pixels` pixels of three channels of 16 bits have, uncompressed."""
 
     views: tuple[Literal["id", "hflip"] | CropViews | PaddedCropViews, ...] = ()
     """Views of each image that features are computed of: `id` (the image), `hflip` (mirrored), and

@@ -22,6 +22,7 @@ from drl_data.errors import (
     ObjectNotFoundError,
     StoreError,
     TapError,
+    redacted,
 )
 from drl_data.index import SampleIndex
 from drl_data.objects import Buffer, Folder, open_folder
@@ -36,7 +37,7 @@ from drl_data.receipts import (
 from drl_data.sealing import seal
 from drl_data.shard_reader import ShardReader, in_threads
 from drl_data.shards import Array
-from drl_data.spec import ArraySpec, FeatureSpec, ResolvedTime
+from drl_data.spec import ArraySpec, DatasetSpec, FeatureSpec, ResolvedTime
 from drl_data.store_metadata import (
     Described,
     array_layout,
@@ -80,9 +81,8 @@ class FeatureStore:
         return FeatureStore.open, (self.url,)
 
     def __repr__(self) -> str:
-        return (
-            f"FeatureStore({self.url!r}, {len(self.arrays)} arrays x {len(self.times)} timesteps)"
-        )
+        url, n_arrays = redacted(self.url), len(self.arrays)
+        return f"FeatureStore({url!r}, {n_arrays} arrays x {len(self.times)} timesteps)"
 
     # --- making and opening ---------------------------------------------------------------------
 
@@ -170,6 +170,22 @@ class FeatureStore:
         if self._index is None:
             self._index = SampleIndex.load(f"{self.url}/index.parquet")
         return self._index
+
+    def locate_tars(self, urls: Sequence[str]) -> None:
+        """Read the tars of the index from these URLs: its own have no secrets, which these may.
+
+        Raises:
+            InputError: if they are not the URLs of the index but for their secrets.
+        """
+        self._index = self.index.with_urls(urls)
+
+    def locate_dataset(self, dataset: DatasetSpec) -> None:
+        """`locate_tars`, by the patterns of a pipeline, where the index lost secrets.
+
+        Raises:
+            InputError: if `dataset` names other tars.
+        """
+        self._index = self.index.located(dataset)
 
     @cached_property
     def _by_name(self) -> dict[str, ArraySpec]:

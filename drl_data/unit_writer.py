@@ -24,7 +24,7 @@ from drl_data.errors import (
     ObjectNotFoundError,
     StoreError,
 )
-from drl_data.objects import Buffer
+from drl_data.objects import Buffer, RetryCount, counted
 from drl_data.plan import InvalidRow, Unit
 from drl_data.receipts import ObjectRecord, Receipt, RunRecord, UnitCounts, receipt_path
 from drl_data.shard_reader import in_threads
@@ -87,11 +87,12 @@ class _Found:
 
 
 class UnitWriter:
-    """Writes units of one store: see `FeatureStore.write`."""
+    """Writes one unit of a store: see `FeatureStore.write`."""
 
     def __init__(self, store: FeatureStore) -> None:
         self._store = store
-        self._folder = store.folder
+        self._retries = RetryCount()
+        self._folder = counted(store.folder, self._retries)
 
     def write(
         self,
@@ -131,10 +132,11 @@ class UnitWriter:
         if signed is not None:
             return self._agreed(attempt, signed)
         receipt = _signing(mine, self._put_all(attempt))
-        seconds = {**run.seconds, "write": time.perf_counter() - started}
-        receipt = receipt.model_copy(
-            update={"run": receipt.run.model_copy(update={"seconds": seconds})}
-        )
+        changes = {
+            "seconds": {**run.seconds, "write": time.perf_counter() - started},
+            "retries": run.retries + self._retries.value,
+        }
+        receipt = receipt.model_copy(update={"run": receipt.run.model_copy(update=changes)})
         if self._folder.put_if_absent(receipt_path(unit), [receipt.to_json()]):
             return receipt
         signed = store.receipt(unit)

@@ -21,6 +21,7 @@ from drl_data.objects import (
     FsspecFolder,
     LocalFolder,
     ObstoreFolder,
+    RetryingFolder,
     open_folder,
     open_parent,
 )
@@ -33,8 +34,10 @@ def test_kinds_of_folders(tmp_path: Path) -> None:
     assert isinstance(open_folder(str(tmp_path)), LocalFolder)
     assert isinstance(open_folder(f"file://{tmp_path}"), LocalFolder)
     assert open_folder(f"file://{tmp_path}").url == str(tmp_path)
-    assert isinstance(open_folder("s3://bucket/folder"), ObstoreFolder)
-    assert isinstance(open_folder("memory://folder"), FsspecFolder)
+    for url, kind in (("s3://bucket/folder", ObstoreFolder), ("memory://folder", FsspecFolder)):
+        remote = open_folder(url)
+        assert isinstance(remote, RetryingFolder)
+        assert isinstance(remote.inner, kind)
 
 
 @pytest.mark.parametrize(
