@@ -16,6 +16,7 @@ from drl_data.errors import (
     ObjectNotFoundError,
     StorageUnusableError,
 )
+from drl_data.exclusive import place_if_absent
 
 Buffer = bytes | bytearray | memoryview
 
@@ -102,18 +103,7 @@ class LocalFolder:
     def put_if_absent(self, path: str, parts: Sequence[Buffer]) -> bool:
         target = self.root / path
         with local_errors(target), self._temporary(target, parts) as name:
-            try:
-                os.link(name, target)
-            except FileExistsError:
-                return False
-            except OSError as error:
-                if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
-                    raise
-                raise StorageUnusableError(
-                    f"{target}: this file system has no hard links ({error.strerror}), which "
-                    "writing an object once needs; put the store on another"
-                ) from error
-        return True
+            return place_if_absent(name, target)
 
     @contextlib.contextmanager
     def _temporary(self, target: Path, parts: Sequence[Buffer]) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Bytes at a URL: one small interface over the local disk, object storage and fsspec.
 
-LocalFolder      file paths: positioned reads, atomic writes (rename, hard link for create)
+LocalFolder      file paths: positioned reads, atomic writes (rename; exclusive.py for create)
 ObstoreFolder    s3:// gs:// az:// http(s)://: obstore carries the bytes
 FsspecFolder     every other URL that fsspec knows (memory://, hdfs://, sftp:// ...)
 RetryingFolder   around the last two: requests that fail for the moment are made again
