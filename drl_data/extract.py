@@ -184,6 +184,7 @@ class ExtractTask:
             samples=self._index.digest_rows(unit.start, unit.stop),
             input_bytes=computed.input_bytes,
             clipped=computed.clipped,
+            non_finite=computed.non_finite,
             fits=self._fits,
         )
         features = {name: _as_numpy(x) for name, x in computed.features.items()}
