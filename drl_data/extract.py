@@ -21,10 +21,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drl_data.backbones import Backbone, find_model, load_backbone
+from drl_data.backbones import Backbone, Model, find_model, load_backbone
 from drl_data.conditions import SampleConditions
+from drl_data.device_memory import MicroBatches, described, faults_named, is_out_of_memory
 from drl_data.diffusion_spec import ConditionSpec
-from drl_data.errors import ImageError, StoreMismatchError, TapError, redacted
+from drl_data.errors import (
+    DeviceMemoryError,
+    ImageError,
+    StoreMismatchError,
+    TapError,
+    redacted,
+)
 from drl_data.features import FeatureComputer
 from drl_data.fits import fitted
 from drl_data.images import read_batches
@@ -59,6 +66,7 @@ class ExtractTask:
         conditions: SampleConditions,
         run: RunSpec,
         fits: Mapping[str, int] | None = None,
+        micro_batches: MicroBatches | None = None,
     ) -> None:
         self._store = store
         self._conditions = conditions
@@ -67,6 +75,7 @@ class ExtractTask:
         self._index = store.index
         self._run = run
         self._device = computers[0].backbone.device
+        self._micro_batches = micro_batches or MicroBatches(self._device)
         self._computers: queue.SimpleQueue[FeatureComputer] = queue.SimpleQueue()
         for computer in computers:
             self._computers.put(computer)
@@ -84,6 +93,9 @@ class ExtractTask:
                 says that this is an error.
             InputError: a tar that changed since it was indexed.
             ObjectError: storage that failed.
+            DeviceMemoryError: a GPU without memory for a single image.
+            HostMemoryError: the host without memory.
+            DeviceLostError: a GPU that this process cannot use again.
         """
         unit, stop = lease.unit, stop or Stop()
         stop.check_begin()
@@ -142,7 +154,8 @@ class ExtractTask:
             rows=selection.rows,
             skip={row: ImageError("worker", reason) for row, reason in poison},
         )
-        with closing(batches):
+        doing = f"{self._store.url}, unit {unit.id}"
+        with closing(batches), faults_named(self._device, doing):
             first = list(itertools.islice(batches, 1))  # reads while others compute
             computer = take(self._computers, stop.check_begin)
             try:
@@ -153,6 +166,7 @@ class ExtractTask:
                     self._conditions,
                     selection,
                     clock=clock,
+                    micro_batches=self._micro_batches,
                     ask=stop.check,
                     into=into,
                 )
@@ -179,6 +193,7 @@ class ExtractTask:
             attempt=attempt,
             damage=computed.damage,
             tars=tar_records(self._index, unit),
+            micro_batch=computed.micro_batch,
         )
         counts = UnitCounts(
             samples=self._index.digest_rows(unit.start, unit.stop),
@@ -240,6 +255,7 @@ def make_task(
     Raises:
         StoreMismatchError: if the weights are not those that the store was made for.
         TapError: if the model has other modules than when the store was made.
+        DeviceMemoryError: if the device has too little memory for the model.
     """
     store = FeatureStore.open(store_url)
     model = find_model(backbone)
@@ -256,25 +272,52 @@ def make_task(
             f"have {found}; give the same files, or another store"
         )
     use_exact_float32()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_backbone(model, device)
-    conditions = SampleConditions(loaded, condition, store.index)
-    computer = FeatureComputer(
-        loaded,
-        _frozen_taps(loaded, store),
-        conditions.constant,
-        store.times,
-        store.spec,
-        bank=bank,
-        candidates=conditions.candidates,
+    loaded = _loaded(
+        model, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     )
     on_cpu = loaded.device.type == "cpu"
     if on_cpu:
         torch.set_num_threads(1)
-    fits, checksums = fitted(store, computer, conditions, run)
-    computer = computer.with_taps(computer.taps, fits)
-    replicas = [computer.replica() for _ in range(n_cpus - 1)] if on_cpu else []
-    return ExtractTask(store, [computer, *replicas], conditions, run, checksums)
+    with faults_named(loaded.device, f"{store_url}, before the first unit"):
+        conditions = SampleConditions(loaded, condition, store.index)
+        computer = FeatureComputer(
+            loaded,
+            _frozen_taps(loaded, store),
+            conditions.constant,
+            store.times,
+            store.spec,
+            bank=bank,
+            candidates=conditions.candidates,
+        )
+        micro_batches = MicroBatches(loaded.device)
+        fits, checksums = fitted(store, computer, conditions, run, micro_batches)
+        computer = computer.with_taps(computer.taps, fits)
+        replicas = [computer.replica() for _ in range(n_cpus - 1)] if on_cpu else []
+    computers = [computer, *replicas]
+    return ExtractTask(store, computers, conditions, run, checksums, micro_batches)
+
+
+def _loaded(model: Model, device: torch.device) -> Backbone:
+    """The backbone on a device.
+
+    Raises:
+        DeviceMemoryError: naming the device, its memory, and what the weights take.
+    """
+    with faults_named(device, "loading the model"):
+        try:
+            return load_backbone(model, str(device))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            meta = load_backbone(model, "meta")
+            parts = [part for part in (meta.network, meta.vae) if part is not None]
+            n_bytes = sum(p.nbytes for part in parts for p in part.parameters())
+            raise DeviceMemoryError(
+                f"{described(device)}: the model takes {n_bytes / 1e9:.2f} GB in "
+                f"{str(meta.dtype).removeprefix('torch.')} and does not fit; set `backbone.dtype: "
+                "bfloat16`, end what else runs on the GPU (`run.gpus_per_worker: 1`, fewer "
+                "workers), or take one with more memory"
+            ) from error
 
 
 def condition_files(condition: ConditionSpec) -> dict[str, str]:
