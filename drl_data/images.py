@@ -14,12 +14,14 @@ import math
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 
 import numpy as np
+import numpy.typing as npt
 from PIL import GifImagePlugin, Image, ImageFile, PngImagePlugin, TiffImagePlugin
 
 from drl_data.errors import ImageError, InputError, ObjectNotFoundError, is_redacted
@@ -302,6 +304,8 @@ def read_batches(
     prefetch_bytes: int,
     views: bool = False,
     retries: RetryCount | None = None,
+    rows: npt.NDArray[np.bool_] | None = None,
+    skip: Mapping[int, ImageError] | None = None,
 ) -> Generator[ImageBatch]:
     """The unit's rows in order, `batch_size` at a time, decoded ahead in `n_threads` threads.
 
@@ -312,6 +316,10 @@ def read_batches(
     its threads. A gzip tar is inflated from its beginning for each unit. `retries` counts the
     requests that were made again.
 
+    With `rows` [unit.n_rows] only these are read, and batches without any of them are left out; the
+    other rows are zeros, and not listed. Rows in `skip` are listed as invalid with the error given,
+    and neither fetched (but with the rest of a gzip tar) nor decoded.
+
     Raises:
         InputError: if a tar is gone or has changed since it was indexed, before the first batch or
             after the last one.
@@ -319,13 +327,23 @@ def read_batches(
     """
     if not views:
         spec = spec.model_copy(update={"views": ()})
+    chosen = np.ones(unit.n_rows, np.bool_) if rows is None else rows
     reader = _UnitReader(
-        unit, index, spec, batch_size, n_threads, prefetch_bytes, retries or RetryCount()
+        unit,
+        index,
+        spec,
+        batch_size,
+        n_threads,
+        prefetch_bytes,
+        retries or RetryCount(),
+        chosen,
+        dict(skip or {}),
     )
     try:
         reader.check_tars()
-        for start in range(unit.start, unit.stop, batch_size):
-            yield reader.batch(start)
+        for at in range(0, unit.n_rows, batch_size):
+            if chosen[at : at + batch_size].any():
+                yield reader.batch(unit.start + at)
         reader.check_tars()
     finally:
         reader.close()
@@ -371,6 +389,8 @@ class _Decoded:
     read_s: float
     decode_s: float
     error: ImageError | None
+    again: Callable[[], _Decoded] | None = None
+    """Decodes once more, where memory did not suffice."""
 
 
 class _UnitReader:
@@ -385,30 +405,37 @@ class _UnitReader:
         n_threads: int,
         prefetch_bytes: int,
         retries: RetryCount,
+        chosen: npt.NDArray[np.bool_],
+        skip: Mapping[int, ImageError],
     ) -> None:
         self._unit, self._spec, self._batch_size = unit, spec, batch_size
+        self._chosen = chosen
         axis = [spec.n_views] if spec.views else []
         self._row_shape = (*axis, *spec.shape)
         rows = index.slice(unit.start, unit.stop)
         self._keys: list[str] = rows.column("key").to_pylist()
         self._reasons: list[str | None] = rows.column("reason").to_pylist()
         tars = rows.column("tar").to_pylist()
-        self._too_large = {
+        sizes: list[int] = rows.column("size").to_pylist()
+        too_large = {
             unit.start + i: ImageError(
                 "read", f"{size} bytes, want at most {spec.max_bytes} (images.max_bytes)"
             )
-            for i, size in enumerate(rows.column("size").to_pylist())
+            for i, size in enumerate(sizes)
             if size > spec.max_bytes
         }
+        self._skip = {**too_large, **skip}
         places = [
             (tar, _Place(unit.start + i, offset, size))
             for i, (tar, offset, size) in enumerate(
-                zip(tars, *(rows.column(n).to_pylist() for n in ("offset", "size")), strict=True)
+                zip(tars, rows.column("offset").to_pylist(), sizes, strict=True)
             )
-            if self._reasons[i] is None and unit.start + i not in self._too_large
+            if chosen[i] and self._reasons[i] is None and unit.start + i not in self._skip
         ]
-        self._spans = deque(_cut_spans(places, min(MAX_SPAN_BYTES, prefetch_bytes // 4)))
-        self._tars = {tar: _OpenTar(index.tars[tar], retries) for tar in sorted(set(tars))}
+        cuts = _cut_spans(places, min(MAX_SPAN_BYTES, prefetch_bytes // 4), self._skip)
+        self._spans = deque(cuts)
+        read_from = sorted({tar for tar, is_read in zip(tars, chosen, strict=True) if is_read})
+        self._tars = {tar: _OpenTar(index.tars[tar], retries) for tar in read_from}
         self._budget, self._in_flight = prefetch_bytes, 0
         self._flying: deque[_InFlight] = deque()
         self._pixels: dict[int, np.ndarray] = {}
@@ -437,14 +464,19 @@ class _UnitReader:
         )  # fmt: skip
         for row in range(start, stop):
             key, reason = keys[row - start], self._reasons[row - self._unit.start]
+            if not self._chosen[row - self._unit.start]:
+                continue
             if reason is not None:
                 batch.invalid.append(InvalidRow(row, key, "index", reason))
                 continue
-            if row in self._too_large:
-                error = self._too_large[row]
+            if row in self._skip:
+                error = self._skip[row]
                 batch.invalid.append(InvalidRow(row, key, error.stage, error.reason))
                 continue
             done = self._decoded.pop(row).result()
+            if done.again is not None:  # memory may suffice for it alone
+                wait(self._decoded.values())
+                done = done.again()
             batch.n_bytes += done.n_bytes
             batch.read_s += done.read_s
             batch.decode_s += done.decode_s
@@ -496,8 +528,11 @@ class _UnitReader:
         return self._pixels[start]
 
 
-def _cut_spans(places: list[tuple[int, _Place]], max_bytes: int) -> Iterator[_Span]:
-    """Runs of images in one tar with small gaps, each within `max_bytes` or a single image."""
+def _cut_spans(
+    places: list[tuple[int, _Place]], max_bytes: int, apart: Collection[int] = ()
+) -> Iterator[_Span]:
+    """Runs of images in one tar with small gaps, each within `max_bytes` or a single image; none
+    reaches over the rows `apart`."""
     span: _Span | None = None
     for tar, place in places:
         if (
@@ -505,6 +540,7 @@ def _cut_spans(places: list[tuple[int, _Place]], max_bytes: int) -> Iterator[_Sp
             or span.tar != tar
             or place.offset - span.stop > MAX_GAP_BYTES
             or place.offset + place.size - span.start > max_bytes
+            or any(span.places[-1].row < row < place.row for row in apart)
         ):
             if span is not None:
                 yield span
@@ -523,9 +559,12 @@ class _Read:
 
 
 def _decode_into(
-    out: np.ndarray, read: Future[_Read], i: int, spec: ImageSpec, key: str
+    out: np.ndarray, read: Future[_Read], i: int, spec: ImageSpec, key: str, alone: bool = False
 ) -> _Decoded:
-    """Decode the i-th image of a span into `out`, [*spec.shape] or [view, *spec.shape]."""
+    """Decode the i-th image of a span into `out`, [*spec.shape] or [view, *spec.shape].
+
+    Where memory does not suffice the image is at fault only if it is decoded `alone`.
+    """
     fetched = read.result()
     data = fetched.images[i]
     start = time.perf_counter()
@@ -534,6 +573,12 @@ def _decode_into(
         out[:] = decode_views(data, spec, key) if spec.views else decode_image(data, spec)
     except ImageError as problem:
         error = problem
+    except MemoryError:
+        if not alone:
+            again = partial(_decode_into, out, read, i, spec, key, True)
+            return _Decoded(len(data), 0.0, 0.0, None, again)
+        height, width = displayed_size(data)
+        error = ImageError("decode", f"not enough memory to decode {height}x{width} pixels")
     seconds = time.perf_counter() - start
     return _Decoded(len(data), fetched.s_per_byte * len(data), seconds, error)
 
