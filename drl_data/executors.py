@@ -232,8 +232,8 @@ def _tell(pool: Pool[R], book: LeaseBook[R], event: Event[R], grace_s: float) ->
             book.died(worker, found.message)
         case Answered(worker, lease, found):
             book.answered(worker, lease, found)
-        case Died(worker, cause, charged):
-            book.died(worker, cause, charged=charged)
+        case Died(worker, cause, charged, counts):
+            book.died(worker, cause, charged=charged, counts=counts)
         case Draining(worker, told_s):
             seconds = grace_s if told_s is None else min(told_s, grace_s)
             log.warning("a worker's node will be taken away; it has %.0f s to finish", seconds)

@@ -224,8 +224,9 @@ class LeaseBook(Generic[R]):
             else:
                 self._fail(state, answer.message)
 
-    def died(self, worker: int, cause: str, *, charged: bool = True) -> None:
-        """A worker is gone, with what it held. Not `charged`: its node was taken away.
+    def died(self, worker: int, cause: str, *, charged: bool = True, counts: bool = True) -> None:
+        """A worker is gone, with what it held. Not `charged`: its node was taken away, as was
+        announced. Not `counts`: it is not its slot's fault either, its node has died.
 
         Raises:
             ExecutionError: if too many units failed one after the other.
@@ -243,7 +244,7 @@ class LeaseBook(Generic[R]):
                 self._go_on(state)
             else:
                 self._charge(state, cause, alone=alone)
-        if charged and first:
+        if charged and counts and first:
             self._last_death = cause
             self._deaths_of(me.slot)
 

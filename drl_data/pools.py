@@ -43,11 +43,14 @@ class Answered(Generic[R]):
 
 @dataclass(frozen=True)
 class Died:
-    """A worker is gone. `charged`: perhaps for what it held; not where its node was taken away."""
+    """A worker is gone."""
 
     worker: int
     cause: str
     charged: bool = True
+    """Perhaps for what it held; not where its node was taken away with a notice."""
+    counts: bool = True
+    """Against its slot; not where its node has died."""
 
 
 @dataclass(frozen=True)

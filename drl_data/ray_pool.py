@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError
 
 from drl_data.answers import Answer, Made, Task
 from drl_data.plan import Lease
@@ -163,7 +163,8 @@ class RayPool(Generic[R]):
         actor = self._actors[worker]
         self.kill(worker)
         preempted = isinstance(error, RayActorError) and error.preempted
-        return Died(worker, _cause(error), charged=not (preempted or actor.is_warned))
+        announced = preempted or actor.is_warned
+        return Died(worker, _cause(error), not announced, counts=not _is_of_node(error))
 
     def _notices(self) -> list[Event[R]]:
         """Workers on nodes that will be taken away, each once."""
@@ -203,10 +204,11 @@ def _cause(error: RayError) -> str:
     text = str(error)
     if isinstance(error, OutOfMemoryError) or "memory monitor" in text or "OOM killer to" in text:
         return "out of memory, by Ray's memory monitor"
-    if (
-        "node has died" in text
-        or "node was terminated" in text
-        or type(error).__name__ == ("NodeDiedError")
-    ):
+    if _is_of_node(error):
         return "its node died"
     return f"its actor was lost ({type(error).__name__})"
+
+
+def _is_of_node(error: RayError) -> bool:
+    """Whether a node has died, which Ray says in one of two ways."""
+    return isinstance(error, NodeDiedError) or "its node has died" in str(error)

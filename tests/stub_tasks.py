@@ -88,3 +88,21 @@ def make_seen(folder: Path, n_workers: int) -> Square:
         return lease.unit.start**2
 
     return task
+
+
+def make_logged(folder: Path, seconds: float) -> Square:
+    """Each unit takes so long, and leaves a mark named by the raylet; told to stop, it is
+    given back, with another mark."""
+    node = os.environ["RAY_RAYLET_PID"]
+
+    def task(lease: Lease, stop: Stop) -> int:
+        (folder / f"{lease.unit.id}-{uuid.uuid4().hex}-{node}").touch()
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            if stop.requested:
+                (folder / f"stopped-{lease.unit.id}").touch()
+                raise StoppedError("its node will be taken away")
+            time.sleep(0.01)
+        return lease.unit.start**2
+
+    return task

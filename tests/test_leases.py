@@ -1,306 +1,467 @@
-"""The queue of leases against a simulated world: no processes, all orders of events."""
+"""What a worker does with a lease: find, skip, probe, give back; and parts of a unit."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from dataclasses import dataclass, field
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from drl_data.answers import Answer
-from drl_data.bisection import MAX_POISON_ROWS, Search
-from drl_data.errors import ExecutionError, StorageUnusableError
-from drl_data.leases import LeaseBook, Limits, Outcome
-from drl_data.plan import Lease, Unit, plan_units
+from drl_data.diffusion_spec import ConditionSpec
+from drl_data.errors import ImageError, StoppedError
+from drl_data.extract import ExtractTask, make_task
+from drl_data.images import read_batches
+from drl_data.index import build_index
+from drl_data.metering import ByteBudget, take
+from drl_data.objects import LocalFolder
+from drl_data.pipeline import Pipeline, RunSpec
+from drl_data.plan import InvalidRow, Lease, Unit
+from drl_data.runs import extract, prepare
+from drl_data.spec import BackboneSpec, DatasetSpec, ImageSpec
+from drl_data.stopping import Stop
+from drl_data.store import FeatureStore
+from drl_data.testing import write_photo_tars
+from drl_data.tiny_models import save_tiny_ddpm, save_tiny_stable_diffusion
+from drl_data.unit_features import Selection, UnitFeatures
 
-
-def rows_of(lease: Lease) -> set[int]:
-    """Rows that a lease computes."""
-    start, stop = lease.probe or (lease.unit.start, lease.unit.stop)
-    return set(range(start, stop)) - {row for row, _ in lease.poison}
-
-
-@dataclass
-class World:
-    """Workers that compute leases, and what goes wrong with them."""
-
-    units: list[Unit]
-    poison: set[int]
-    limits: Limits
-    n_slots: int
-    choose: st.DataObject
-    transient: dict[int, int] = field(default_factory=dict)
-    """Storage errors that each unit will meet, at most one an attempt."""
-    n_preemptions: int = 0
-    n_crashes: int = 0
-    """Deaths that are nobody's fault but are not announced either."""
-    outcomes: list[Outcome[set[int]]] = field(default_factory=list)
-    deaths: Counter[int] = field(default_factory=Counter)
-    own_deaths: Counter[int] = field(default_factory=Counter)
-    probes: Counter[int] = field(default_factory=Counter)
-
-    def run(self, max_steps: int = 20_000) -> LeaseBook[set[int]]:
-        book: LeaseBook[set[int]] = LeaseBook(self.units, self.limits, self.n_slots)
-        out: list[tuple[int, Lease]] = []
-        for _ in range(max_steps):
-            if book.done:
-                return book
-            for slot in book.vacant():
-                book.ready(book.hire(slot))
-            for worker in book.workers():
-                while (lease := book.take(worker)) is not None:
-                    out.append((worker, lease))
-                    held = [x for w, x in out if w == worker]
-                    assert len(held) <= self.limits.leases
-                    if lease.probe is not None:
-                        self.probes[lease.unit.id] += 1
-                        assert held == [lease], "a probe shares its worker"
-            worker, lease = self.choose.draw(st.sampled_from(out))
-            out = self._step(book, out, worker, lease)
-            self.outcomes += book.outcomes()
-        raise AssertionError("the book does not come to an end")
-
-    def _step(
-        self, book: LeaseBook[set[int]], out: list[tuple[int, Lease]], worker: int, lease: Lease
-    ) -> list[tuple[int, Lease]]:
-        """One lease of one worker meets its fate; the leases that are out after it."""
-        held = [x for w, x in out if w == worker]
-        rest = [(w, x) for w, x in out if w != worker]
-        what = self.choose.draw(st.sampled_from(["compute", "preempt", "crash"]))
-        if what == "preempt" and self.n_preemptions:
-            self.n_preemptions -= 1
-            book.died(worker, "preempted", charged=False)
-            return rest
-        if what == "crash" and self.n_crashes:
-            self.n_crashes -= 1
-            self._charge(held)
-            book.died(worker, "SIGKILL")
-            return rest
-        unit = lease.unit.id
-        if self.transient.get(unit):
-            self.transient[unit] -= 1
-            book.answered(worker, lease, Answer("transient", None, "slow down"))
-        elif rows_of(lease) & self.poison:
-            self.own_deaths[unit] += lease.probe is None
-            self._charge(held)
-            book.died(worker, "SIGSEGV")
-            return rest
-        else:
-            book.answered(worker, lease, Answer("ok", rows_of(lease)))
-        return [(w, x) for w, x in out if (w, x) != (worker, lease)]
-
-    def _charge(self, held: list[Lease]) -> None:
-        for lease in held:
-            self.deaths[lease.unit.id] += lease.probe is None
+N_SAMPLES = 22
+CONDITION = ConditionSpec()
+ROWS_PER_UNIT = 8
 
 
-SIZES = st.tuples(st.integers(1, 60), st.integers(1, 16))
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_photo_tars(tmp_path_factory.mktemp("photos"), n_samples=N_SAMPLES)
 
 
-@given(st.data(), SIZES, st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))
-def test_every_unit_comes_back_once_with_all_rows_but_the_poison(
-    data: st.DataObject, sizes: tuple[int, int], n_slots: int, leases: int, attempts: int
-) -> None:
-    n, rows = sizes
-    units = plan_units(n, rows)
-    poison = data.draw(st.sets(st.integers(0, n - 1), max_size=6))
-    transient = data.draw(
-        st.dictionaries(st.integers(0, len(units) - 1), st.integers(0, attempts - 1), max_size=4)
+@pytest.fixture(scope="module")
+def ddpm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_ddpm(tmp_path_factory.mktemp("ddpm"))
+
+
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_stable_diffusion(tmp_path_factory.mktemp("sd"))
+
+
+def pipeline(photos: Path, model: Path, store: Path, **changes: object) -> Pipeline:
+    data: dict[str, object] = {
+        "name": "leases",
+        "dataset": {"tars": str(photos / "*.tar")},
+        "images": {"size": 16},
+        "backbone": {"model": str(model)},
+        "schedule": {"timesteps": [0, 300]},
+        "taps": ["mid_block", {"path": "up_blocks.*", "reduce": "avg_pool(4)"}],
+        "features": {"dtype": "float32", "batch_size": 4, "rows_per_unit": ROWS_PER_UNIT},
+        "store": {"url": str(store)},
+    }
+    return Pipeline.parse({**data, **changes})
+
+
+def created(pipeline: Pipeline) -> FeatureStore:
+    """The pipeline's store, without a unit."""
+    found = prepare(pipeline)
+    assert pipeline.store is not None
+    return FeatureStore.create(
+        pipeline.store.url, found.spec, found.arrays, found.times, found.index
     )
-    limits = Limits(leases, attempts, max_deaths_per_worker=100, max_failed_in_a_row=100)
-    world = World(units, poison, limits, n_slots, data, dict(transient), n_preemptions=3)
-    world.run()
-    assert sorted(o.unit.id for o in world.outcomes) == [unit.id for unit in units]
-    for outcome in world.outcomes:
-        unit = outcome.unit
-        mine = {row for row in poison if unit.start <= row < unit.stop}
-        assert outcome.error is None
-        assert outcome.result == set(range(unit.start, unit.stop)) - mine
-        others = world.deaths[unit.id] - world.own_deaths[unit.id]
-        assert others <= 1, "charged more than once for what another unit did"
-        assert world.own_deaths[unit.id] <= max(attempts, 2)
-        depth = math.ceil(math.log2(max(unit.n_rows, 2)))
-        give_backs = 3 + transient.get(unit.id, 0)
-        assert world.probes[unit.id] <= (2 * depth + 2) * len(mine) + give_backs
 
 
-@given(st.data(), SIZES, st.integers(1, 3), st.integers(1, 4), st.integers(0, 6))
-def test_deaths_out_of_the_blue_lose_no_unit_and_poison_no_row(
-    data: st.DataObject, sizes: tuple[int, int], n_slots: int, leases: int, n_crashes: int
+def task_of(
+    store: FeatureStore, model: Path, condition: ConditionSpec = CONDITION, **settings: int
+) -> ExtractTask:
+    backbone = BackboneSpec(model=str(model))
+    return make_task(store.url, backbone, condition, RunSpec(**settings), n_cpus=1)
+
+
+def before_forwards(task: ExtractTask, call: Callable[[], object]) -> RemovableHandle:
+    """Call something before each forward of the task's only computer."""
+
+    def hook(module: nn.Module, args: tuple[object, ...]) -> None:
+        call()
+
+    computer = task._computers.get()
+    handle = computer.backbone.network.register_forward_pre_hook(hook)
+    task._computers.put(computer)
+    return handle
+
+
+def once(call: Callable[[], object]) -> Callable[[], object]:
+    """What calls at its first call only."""
+    left = [call]
+    return lambda: left.pop()() if left else None
+
+
+def test_a_unit_that_another_driver_signed_is_not_computed(
+    photos: Path, ddpm: Path, tmp_path: Path
 ) -> None:
-    n, rows = sizes
-    units = plan_units(n, rows)
-    poison = data.draw(st.sets(st.integers(0, n - 1), max_size=2))
-    limits = Limits(leases, 3, max_deaths_per_worker=100, max_failed_in_a_row=100)
-    world = World(units, poison, limits, n_slots, data, n_crashes=n_crashes)
-    world.run()
-    assert sorted(o.unit.id for o in world.outcomes) == [unit.id for unit in units]
-    for outcome in world.outcomes:
-        unit = outcome.unit
-        mine = {row for row in poison if unit.start <= row < unit.stop}
-        if outcome.error is not None:  # the sky fell on it again and again
-            assert n_crashes >= 2
-            continue
-        lost = set(range(unit.start, unit.stop)) - (outcome.result or set())
-        # A row is called poison when it killed twice alone: two crashes may look the same.
-        assert mine <= lost
-        assert len(lost - mine) <= n_crashes // 2
+    store = created(pipeline(photos, ddpm, tmp_path / "s"))
+    task = task_of(store, ddpm)
+    first = task(Lease(store.units[1]))
+    assert first is not None
+    assert first.computed
+
+    def never() -> None:
+        raise AssertionError("a forward ran")
+
+    before_forwards(task, never)
+    again = task(Lease(store.units[1], attempt=2))
+    assert again is not None
+    assert again.receipt == first.receipt
+    assert not again.computed
+    with pytest.raises(AssertionError, match="a forward ran"):
+        task(Lease(store.units[0]))
 
 
-@given(st.data(), st.integers(1, 300))
-def test_a_search_finds_exactly_the_rows_that_kill(data: st.DataObject, n: int) -> None:
-    poison = data.draw(st.sets(st.integers(0, n - 1), min_size=1, max_size=MAX_POISON_ROWS))
-    search = Search((0, n), "SIGSEGV")
-    out: list[tuple[int, int]] = []
-    while not search.done:
-        if search.has_probe and (not out or data.draw(st.booleans())):
-            out.append(search.take())
-            continue
-        rows = out.pop(data.draw(st.integers(0, len(out) - 1)))
-        if poison & set(range(*rows)):
-            search.died(rows, "SIGSEGV")
+def test_the_loser_of_a_race_says_that_its_unit_is_anothers(
+    photos: Path, ddpm: Path, tmp_path: Path
+) -> None:
+    """Two tasks that both find no receipt: one signs, and both return what is signed."""
+    store = created(pipeline(photos, ddpm, tmp_path / "s"))
+    tasks = [task_of(store, ddpm), task_of(store, ddpm)]
+    barrier = threading.Barrier(2)
+    for task in tasks:
+        before_forwards(task, once(barrier.wait))
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda task: task(Lease(store.units[0])), tasks))
+    assert sorted(one.computed for one in found if one) == [False, True]
+    signed = store.receipt(store.units[0])
+    assert [one.receipt for one in found if one] == [signed, signed]
+
+
+def test_a_run_counts_what_it_found_apart(photos: Path, ddpm: Path, tmp_path: Path) -> None:
+    """Another driver signs every unit as soon as this one has listed what is pending."""
+    chosen = pipeline(photos, ddpm, tmp_path / "s", run={"leases": 1})
+    store = created(chosen)
+    other = task_of(store, ddpm)
+
+    class Overtaken:
+        """A progress display at whose first advance another driver has done all units."""
+
+        def bar(self, label: str, total: int, unit: str) -> Overtaken:
+            return self
+
+        def __enter__(self) -> Overtaken:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def advance(self, n: int = 1, **numbers: float) -> None:
+            for unit in store.units:
+                other(Lease(unit))
+
+    mine = extract(chosen, progress=Overtaken())
+    assert (mine.n_found, mine.n_ok) in ((2, 8), (1, 16))  # the second may have begun
+    receipts = mine.store.receipts()
+    own = [receipts[unit] for unit in range(3 - mine.n_found)]
+    for stage in ("denoise", "write"):
+        assert mine.stage_s[stage] == pytest.approx(sum(r.run.seconds[stage] for r in own))
+    assert mine.store.sealed
+    assert extract(chosen).n_found == 0
+
+
+def test_poison_is_listed_and_never_read(
+    photos: Path, ddpm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No range that is read holds a byte of it; its neighbours have their features all the same."""
+    store = created(pipeline(photos, ddpm, tmp_path / "s"))
+    reference = extract(pipeline(photos, ddpm, tmp_path / "reference")).store
+    unit = store.units[1]
+    reason = "its worker was killed by signal 9 in 3 of 3 attempts"
+    ranges: list[tuple[str, int, int]] = []
+
+    class Recording(LocalFolder):
+        def get_range(self, path: str, start: int, stop: int) -> memoryview:
+            ranges.append((path, start, stop))
+            return super().get_range(path, start, stop)
+
+    monkeypatch.setattr(
+        "drl_data.images.open_parent",
+        lambda url: (Recording(Path(url).parent), Path(url).name),
+    )
+    result = task_of(store, ddpm)(Lease(unit, attempt=4, poison=((10, reason), (13, reason))))
+    assert result is not None
+    assert result.receipt.invalid == (
+        InvalidRow(10, "crop-0010", "worker", reason),
+        InvalidRow(13, "crop-0013", "worker", reason),
+    )
+    assert (result.receipt.n_ok, result.receipt.run.attempt) == (6, 4)
+    assert {path for path, _, _ in ranges} == {"photos-000000.tar", "photos-000001.tar"}
+    for row in (10, 13):
+        start, size = (store.index.table[name][row].as_py() for name in ("offset", "size"))
+        tar = Path(store.index.tars[store.index.table["tar"][row].as_py()].url).name
+        assert all(b <= start or a >= start + size for path, a, b in ranges if path == tar)
+    rest = [i for i in range(unit.n_rows) if i not in (2, 5)]
+    for array in store.arrays:
+        got, want = (s.read_unit(array.name, 1, unit) for s in (store, reference))
+        np.testing.assert_array_equal(got[rest], want[rest], array.name)
+        assert np.isnan(got[[2, 5]]).all()
+
+
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_rows_left_out_are_neither_fetched_nor_decoded(photos: Path, data: st.DataObject) -> None:
+    index = build_index(DatasetSpec(tars=str(photos / "*.tar")))
+    rows = np.array(data.draw(st.lists(st.booleans(), min_size=12, max_size=12)))
+    skip = data.draw(st.sets(st.integers(5, 16), max_size=3))
+    unit = Unit(0, 5, 17)
+    batches = list(
+        read_batches(
+            unit,
+            index,
+            ImageSpec(size=16),
+            batch_size=5,
+            n_threads=2,
+            prefetch_bytes=1 << 20,
+            rows=rows,
+            skip={row: ImageError("worker", "why") for row in skip},
+        )
+    )
+    assert [b.start for b in batches] == [
+        start for start in (5, 10, 15) if rows[start - 5 : start].any()
+    ]
+    wanted = set((np.flatnonzero(rows) + 5).tolist())
+    listed = [row for batch in batches for row in batch.invalid]
+    assert [row.row for row in listed] == sorted(wanted & skip)
+    assert all((row.stage, row.reason) == ("worker", "why") for row in listed)
+    assert all(row.key == index.table["key"][row.row].as_py() for row in listed)
+    for batch in batches:
+        seen = batch.pixels.reshape(5, -1).any(axis=1).nonzero()[0] + batch.start
+        inside = range(batch.start, batch.start + batch.n_rows)
+        assert seen.tolist() == sorted((wanted - skip).intersection(inside))
+
+
+def test_a_probe_computes_its_rows_in_their_places_and_writes_nothing(
+    photos: Path, ddpm: Path, tmp_path: Path
+) -> None:
+    store = created(pipeline(photos, ddpm, tmp_path / "s"))
+    task = task_of(store, ddpm)
+    seen: list[Tensor] = []
+    computer = task._computers.get()
+    computer.backbone.network.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    task._computers.put(computer)
+    before = sorted(str(p) for p in tmp_path.rglob("*"))
+    assert task(Lease(store.units[1], probe=(12, 14), poison=((12, "why"),))) is None
+    assert sorted(str(p) for p in tmp_path.rglob("*")) == before
+    assert store.pending() == store.units
+    assert [len(x) for x in seen] == [4, 4]  # one of the unit's two batches, both timesteps
+    assert task(Lease(store.units[1], probe=(12, 13), poison=((12, "why"),))) is None
+    assert len(seen) == 2  # nothing is left to compute
+    task(Lease(store.units[1]))
+    assert len(seen) == 6
+
+
+def computed(task: ExtractTask, selection: Selection, unit: int = 1) -> UnitFeatures:
+    with task.room(task._store.units[unit], Stop()):
+        return task.compute(task._store.units[unit], selection)
+
+
+PARTS: dict[str, dict[str, object]] = {
+    "features": {
+        "taps": [
+            "mid_block",
+            {"path": "up_blocks.0", "reduce": ["mean", "time_mean"], "name": "averaged"},
+            {"path": "vae.encoder.mid_block", "name": "encoded"},
+        ],
+        "noise": {"members": 2},
+        "features": {"dtype": "int8", "batch_size": 4, "rows_per_unit": ROWS_PER_UNIT},
+    },
+    "losses": {
+        "taps": ["loss", "loss.l1"],
+        "condition": {"template": "a {label}", "candidates": ["cat", "dog"]},
+        "features": {"dtype": "float32", "batch_size": 4, "rows_per_unit": ROWS_PER_UNIT},
+    },
+    "inversion": {
+        "noise": {"kind": "inversion"},
+        "latents": {"posterior": "mean"},
+        "schedule": {
+            "convention": "generation_label",
+            "n_steps": 10,
+            "timesteps": [9, 2, 6],
+            "scheduler": "DDIMScheduler",
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module", params=list(PARTS))
+def parts(
+    photos: Path, sd: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> tuple[ExtractTask, UnitFeatures]:
+    """A task with arrays of some kinds, and one whole unit by it."""
+    chosen = pipeline(
+        photos,
+        sd,
+        tmp_path_factory.mktemp("parts") / "s",
+        **{"schedule": {"timesteps": [0, 300, 700]}, **PARTS[request.param]},
+    )
+    task = task_of(created(chosen), sd, chosen.condition)
+    return task, computed(task, Selection())
+
+
+@given(data=st.data())
+@settings(max_examples=12, deadline=None)
+def test_a_part_of_a_unit_has_the_bits_of_the_whole(
+    parts: tuple[ExtractTask, UnitFeatures], data: st.DataObject
+) -> None:
+    task, whole = parts
+    store = task._store
+    rows = np.array(data.draw(st.lists(st.booleans(), min_size=8, max_size=8)))
+    times: dict[str, frozenset[int]] = {}
+    for array in store.features:
+        some = data.draw(st.frozensets(st.integers(0, 2)), array.name)
+        times[array.name] = frozenset(range(3)) if array.timesteps == "mean" and some else some
+    part = computed(task, Selection(rows=rows, times=times))
+    assert part.invalid == []
+    for array in store.arrays:
+        wanted = times[array.quantises or array.name]
+        for cell in {array.cell(t, 0, 3) for t in wanted}:
+            got, want = part.features[array.name][cell], whole.features[array.name][cell]
+            np.testing.assert_array_equal(got[rows].numpy(), want[rows].numpy(), array.name)
+
+
+@pytest.mark.parametrize("parts", ["features"], indirect=True)
+def test_forwards_that_no_array_wants_are_left_out(
+    parts: tuple[ExtractTask, UnitFeatures],
+) -> None:
+    task, _ = parts
+    calls: list[int] = []
+    hook = before_forwards(task, lambda: calls.append(1))
+    rows = np.arange(8) >= 4
+    computed(task, Selection(rows=rows, times={"mid_block": {1}}))
+    assert len(calls) == 2  # members, of one batch, at one timestep
+    computed(task, Selection(rows=rows, times={"encoded": {0}}))
+    assert len(calls) == 2
+    computed(task, Selection(times={"mid_block": {0}, "averaged": {0, 1, 2}}))
+    assert len(calls) == 2 + 2 * 3 * 2
+    hook.remove()
+
+
+def test_memory_that_was_given_is_filled(parts: tuple[ExtractTask, UnitFeatures]) -> None:
+    """Two parts into one memory are the whole."""
+    task, whole = parts
+    unit = task._store.units[1]
+    rows = np.arange(8) % 3 == 0
+    first = computed(task, Selection(rows=rows))
+    with task.room(unit, Stop()):
+        both = task.compute(unit, Selection(rows=~rows), into=first.features)
+    for name, want in whole.features.items():
+        np.testing.assert_array_equal(both.features[name].numpy(), want.numpy(), name)
+
+
+def test_receipts_name_the_tars_without_secrets(photos: Path, ddpm: Path, tmp_path: Path) -> None:
+    store = extract(pipeline(photos, ddpm, tmp_path / "s")).store
+    receipts = store.receipts()
+    tars = store.index.tars
+    names = [[tar.url for tar in receipts[i].run.tars] for i in range(3)]
+    assert names == [[tars[0].url], [tars[0].url, tars[1].url], [tars[1].url]]
+    for receipt in receipts.values():
+        for tar in receipt.run.tars:
+            (info,) = [t for t in tars if t.url == tar.url]
+            assert (tar.size, tar.etag) == (info.size, info.etag)
+
+
+# --- the wish to stop ---------------------------------------------------------------------------
+
+
+def stopped(grace_s: float) -> Stop:
+    stop = Stop()
+    stop.request(grace_s)
+    return stop
+
+
+def test_no_unit_begins_after_the_wish_to_stop(photos: Path, ddpm: Path, tmp_path: Path) -> None:
+    store = created(pipeline(photos, ddpm, tmp_path / "s"))
+    with pytest.raises(StoppedError, match="before the unit began"):
+        task_of(store, ddpm)(Lease(store.units[0]), stopped(1000))
+    assert store.pending() == store.units
+
+
+@pytest.mark.parametrize("forwards", [1, 2, 3])
+def test_a_unit_ends_at_the_deadline_between_forwards(
+    photos: Path, ddpm: Path, tmp_path: Path, forwards: int
+) -> None:
+    """Without time left nothing is written; with time the unit is finished and signed."""
+    for grace_s, is_done in ((0.0, False), (1000.0, True)):
+        store = created(pipeline(photos, ddpm, tmp_path / str(grace_s)))
+        task, stop = task_of(store, ddpm), Stop()
+        calls = itertools.count(1)
+
+        def ask(calls: Iterator[int] = calls, stop: Stop = stop, grace_s: float = grace_s) -> None:
+            if next(calls) == forwards:
+                stop.request(grace_s)
+
+        before_forwards(task, ask)
+        if is_done:
+            assert task(Lease(store.units[0]), stop) is not None
         else:
-            search.survived(rows)
-    assert search.failure is None
-    assert search.poison == dict.fromkeys(poison, "killed its worker: SIGSEGV (2 of 2 times)")
-    assert search.n_probes <= (2 * math.ceil(math.log2(max(n, 2))) + 2) * len(poison)
+            with pytest.raises(StoppedError, match="the time to finish the unit is over"):
+                task(Lease(store.units[0]), stop)
+            assert next(calls) == forwards + 1
+        assert (store.receipt(store.units[0]) is not None) == is_done
+        assert task._computers.qsize() == 1
+        with task.room(store.units[0], Stop()):
+            pass  # the memory is free again
 
 
-def drain(search: Search, kills: object) -> None:
-    while not search.done:
-        rows = search.take()
-        if kills(set(range(*rows))):  # type: ignore[operator]
-            search.died(rows, "SIGKILL")
-        else:
-            search.survived(rows)
+def test_a_write_that_has_begun_is_finished(photos: Path, ddpm: Path, tmp_path: Path) -> None:
+    store = created(pipeline(photos, ddpm, tmp_path / "s"))
+    task, stop = task_of(store, ddpm), Stop()
+    write = task._store.write
+
+    def stop_and_write(*args: object) -> object:
+        stop.request(0)
+        return write(*args)  # type: ignore[arg-type]
+
+    task._store.write = stop_and_write  # type: ignore[method-assign, assignment]
+    assert task(Lease(store.units[0]), stop) is not None
+    assert store.receipt(store.units[0]) is not None
 
 
-def test_rows_that_kill_only_together_are_said_to() -> None:
-    search = Search((0, 32), "SIGKILL")
-    drain(search, lambda rows: len(rows) >= 8)
-    assert search.poison == {}
-    assert "together kill their worker: SIGKILL" in (search.failure or "")
-    assert "either half of them alone does not" in (search.failure or "")
+def test_a_stop_does_not_wait_behind_others(photos: Path, ddpm: Path, tmp_path: Path) -> None:
+    """One unit holds the only computer, another the memory: who waits for them gives up."""
+    store = created(pipeline(photos, ddpm, tmp_path / "s"))
+    task = task_of(store, ddpm, memory_bytes=1)
+    for held in ("computer", "memory"):
+        stop, unit = Stop(), store.units[0]
+        with ThreadPoolExecutor(1) as pool:
+            if held == "computer":
+                computer = task._computers.get()
+                waiting = pool.submit(task, Lease(unit), stop)
+                stop.request(1000)
+                with pytest.raises(StoppedError):
+                    waiting.result(timeout=60)
+                task._computers.put(computer)
+            else:
+                with task.room(unit, Stop()):
+                    waiting = pool.submit(task, Lease(unit), stop)
+                    stop.request(1000)
+                    with pytest.raises(StoppedError):
+                        waiting.result(timeout=60)
+    assert task(Lease(store.units[0])) is not None
 
 
-def test_a_unit_of_which_every_row_kills_is_given_up_soon() -> None:
-    search = Search((0, 4096), "SIGSEGV")
-    drain(search, lambda rows: True)
-    assert "more than 8 of its rows kill" in (search.failure or "")
-    assert search.n_probes <= 40
+def test_who_waits_asks_and_may_be_told_to_go() -> None:
+    budget, asked = ByteBudget(10), itertools.count()
 
+    def ask() -> None:
+        if next(asked) == 2:
+            raise StoppedError("enough")
 
-def test_a_row_that_killed_once_and_not_again_is_cleared() -> None:
-    died = []
-
-    def kills(rows: set[int]) -> bool:
-        if 5 in rows and len(rows) < 3 and not died:
-            died.append(rows)
-            return True
-        return False
-
-    search = Search((0, 8), "SIGKILL")
-    drain(search, kills)
-    assert (search.poison, search.failure) == ({}, None)
-
-
-def two_workers(n_units: int = 3, **limits: int) -> tuple[LeaseBook[int], int]:
-    book: LeaseBook[int] = LeaseBook(plan_units(n_units * 4, 4), Limits(**limits), 1)
-    worker = book.hire(0)
-    book.ready(worker)
-    return book, worker
-
-
-def test_unusable_storage_ends_the_run() -> None:
-    book, worker = two_workers()
-    lease = book.take(worker)
-    assert lease is not None
-    with pytest.raises(StorageUnusableError, match="access denied"):
-        book.answered(worker, lease, Answer("unusable", None, "access denied"))
-
-
-def test_too_many_failures_in_a_row_end_the_run_with_what_they_share() -> None:
-    book, worker = two_workers(9, leases=1, max_failed_in_a_row=4)
-    for i in range(3):
-        lease = book.take(worker)
-        assert lease is not None
-        book.answered(worker, lease, Answer("failed", None, f"unit {i}: no such array"))
-    lease = book.take(worker)
-    assert lease is not None
-    with pytest.raises(ExecutionError, match=r"4 units failed .* 3 of them: unit 0: no such array"):
-        book.answered(worker, lease, Answer("failed", None, "something else"))
-
-
-def test_a_success_between_failures_lets_the_run_go_on() -> None:
-    book, worker = two_workers(9, leases=1, max_failed_in_a_row=2)
-    for kind in ("failed", "ok", "failed", "ok", "failed"):
-        lease = book.take(worker)
-        assert lease is not None
-        book.answered(worker, lease, Answer(kind, 1))
-    assert len(book.outcomes()) == 5
-
-
-def test_a_slot_whose_workers_die_at_once_is_given_up_and_the_cause_is_said() -> None:
-    book: LeaseBook[int] = LeaseBook(plan_units(40, 1), Limits(), 2)
-    good = book.hire(0)
-    book.ready(good)
-    for _ in range(4):
-        assert book.vacant() == [1]
-        book.died(book.hire(1), "it could not start: no memory for the model")
-    assert book.vacant() == []
-    for _ in range(3):
-        book.died(good, "SIGSEGV")
-        good = book.hire(book.vacant()[0])
-    book.died(good, "SIGSEGV")
-    with pytest.raises(ExecutionError, match="the last death: SIGSEGV"):
-        book.vacant()
-
-
-def test_after_a_death_its_units_wait_until_fresh_ones_are_done_and_are_alone() -> None:
-    book, worker = two_workers(4, leases=2)
-    first = [book.take(worker), book.take(worker)]
-    assert [lease.unit.id for lease in first if lease] == [0, 1]
-    assert book.take(worker) is None
-    book.died(worker, "SIGSEGV")
-    worker = book.hire(book.vacant()[0])
-    book.ready(worker)
-    fresh = [book.take(worker), book.take(worker)]
-    assert [lease.unit.id for lease in fresh if lease] == [2, 3]
-    for lease in fresh:
-        assert lease is not None
-        book.answered(worker, lease, Answer("ok", 1))
-    alone = book.take(worker)
-    assert alone is not None
-    assert (alone.unit.id, alone.attempt) == (0, 2)
-    assert book.take(worker) is None
-
-
-def test_a_stop_gives_back_and_charges_nobody() -> None:
-    book, worker = two_workers(3, leases=2)
-    leases = [book.take(worker), book.take(worker)]
-    book.close()
-    for lease in leases:
-        assert lease is not None
-        book.answered(worker, lease, Answer("returned"))
-    assert book.is_idle
-    assert book.take(worker) is None
-    assert book.outcomes() == []
-    assert book.vacant() == []
-
-
-def test_a_worker_that_leaves_gets_no_lease_and_its_slot_is_vacant() -> None:
-    book, worker = two_workers(4, leases=1)
-    lease = book.take(worker)
-    assert lease is not None
-    book.leave(worker)
-    assert not book.may_leave(worker)
-    assert book.vacant() == [0]
-    book.answered(worker, lease, Answer("returned"))
-    assert book.may_leave(worker)
-    other = book.hire(0)
-    book.ready(other)
-    again = book.take(other)
-    assert again == lease  # the same attempt: nobody is charged
+    with budget.reserve(10), pytest.raises(StoppedError), budget.reserve(1, ask):
+        pass
+    with budget.reserve(10):
+        pass
+    assert next(asked) == 3
+    with pytest.raises(StoppedError):
+        take(queue.SimpleQueue(), stopped(0).check)
