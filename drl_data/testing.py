@@ -2,6 +2,7 @@
 
     write_photo_tars      crops of the photographs that scikit-learn ships
     Schedule              per unit and attempt: run, fail, or die
+    KillingRows           a task that some rows kill, in one of several ways
 
 Tiny backbones are in tiny_models.py.
 """
@@ -10,13 +11,14 @@ from __future__ import annotations
 
 import io
 import os
+import resource
+import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
-import webdataset
 from PIL import Image
 
 from drl_data.errors import ObjectError
@@ -38,6 +40,7 @@ def write_photo_tars(
     `frames` above 1 a sample is a video, the crop in slow motion: `crop-0000.tif`, lossless, of so
     many pages. Bytes are reproducible.
     """
+    import webdataset  # here, because it takes a second that children need not wait
     from sklearn.datasets import load_sample_image
 
     photos = [load_sample_image(name) for name in ("china.jpg", "flower.jpg")]
@@ -107,3 +110,44 @@ class Schedule(Generic[R]):
             return task(lease, stop)
 
         return run
+
+
+@dataclass
+class KillingRows(Generic[R]):
+    """A task that dies of some rows, each time that it is to compute one of them.
+
+    `how` it dies: `exit` ends the process without a word; `memory` asks for more memory than the
+    process may have; any other is the name of a signal, `SIGSEGV` or `SIGKILL`.
+    """
+
+    make_task: Callable[[], Callable[[Lease, Stop], R]]
+    rows: tuple[int, ...]
+    how: str = "SIGSEGV"
+
+    def __call__(self) -> Callable[[Lease, Stop], R]:
+        """Make the task, as executors expect."""
+        task = self.make_task()
+
+        def run(lease: Lease, stop: Stop) -> R:
+            start, end = lease.probe or (lease.unit.start, lease.unit.stop)
+            left_out = {row for row, _ in lease.poison}
+            if any(start <= row < end for row in set(self.rows) - left_out):
+                die(self.how)
+            return task(lease, stop)
+
+        return run
+
+
+def die(how: str) -> None:
+    """End this process, as `KillingRows` says; `memory` raises MemoryError where that is all."""
+    if how == "exit":
+        os._exit(1)
+    if how != "memory":
+        os.kill(os.getpid(), signal.Signals[how])
+        signal.pause()  # the signal may reach another thread first
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, hard))
+    try:
+        np.ones(1 << 40, np.uint8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
