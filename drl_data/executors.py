@@ -18,7 +18,14 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from drl_data.errors import DrlDataError, ExecutionError, ObjectError, UserError, redacted
+from drl_data.errors import (
+    DrlDataError,
+    ExecutionError,
+    ObjectError,
+    StorageUnusableError,
+    UserError,
+    redacted,
+)
 from drl_data.plan import Lease, Unit
 from drl_data.stopping import Stop
 
@@ -71,6 +78,7 @@ def run_local(
 
     Raises:
         DrlDataError: what `make_task` raises.
+        StorageUnusableError: no unit can be read or written any more.
     """
     if not units:
         return
@@ -87,8 +95,8 @@ def run_local(
                 error = future.exception()
                 if error is None:
                     yield Outcome(unit, future.result(), None, attempt)
-                elif not isinstance(error, Exception):
-                    raise error
+                elif not isinstance(error, Exception) or isinstance(error, StorageUnusableError):
+                    raise error  # the next unit would meet the same
                 elif _is_transient(error) and attempt < max_attempts:
                     log.warning("unit %d, attempt %d: %s", unit.id, attempt, error)
                     queue.append((unit, attempt + 1))
