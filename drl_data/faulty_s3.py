@@ -111,8 +111,8 @@ class Fault:
 
 @dataclass(frozen=True)
 class RandomFaults:
-    """Strikes a share of all requests, by a seed: which ones depends on operation, key, and how
-    often that came, not on the order of threads."""
+    """Strikes a share of all requests, by a seed: which ones depends on operation, key (without
+    the bucket), and how often that came, not on the order of threads."""
 
     rate: float
     seed: int
@@ -120,7 +120,7 @@ class RandomFaults:
 
     def choose(self, operation: str, key: str, n: int) -> Kind | None:
         """What happens to the n-th request for an operation on a key, from 1."""
-        text = f"{self.seed}\0{operation}\0{key}\0{n}"
+        text = f"{self.seed}\0{operation}\0{key.partition('/')[2]}\0{n}"
         digest = hashlib.sha256(text.encode()).digest()
         if int.from_bytes(digest[:8], "big") >= self.rate * 2**64:
             return None
@@ -149,6 +149,7 @@ class FaultyS3:
         self._known: dict[str, bytes] = {}
         self._closing = threading.Event()
         self._threads: list[threading.Thread] = []
+        self._connections: set[socket.socket] = set()
         self._listener = self._listen(0)
         self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self.faults = faults
@@ -183,10 +184,12 @@ class FaultyS3:
         self._spawn(self._accept)
 
     def close(self) -> None:
-        """Stop; requests that hang are let go."""
-        self._closing.set()
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
+        """Stop; connections that are open are closed, whatever goes on in them."""
+        with self._lock:
+            self._closing.set()
+            for open_socket in (self._listener, *self._connections):
+                with contextlib.suppress(OSError):
+                    open_socket.shutdown(socket.SHUT_RDWR)
         while self._threads:
             self._threads.pop().join(10)
         self._listener.close()
@@ -220,10 +223,17 @@ class FaultyS3:
             self._listener.close()
 
     def _serve(self, connection: socket.socket, address: object) -> None:
-        connection.settimeout(0.5)
         with connection, contextlib.suppress(OSError):
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            _Handler(connection, address, self)  # type: ignore[arg-type]
+            with self._lock:
+                if self._closing.is_set():
+                    return
+                self._connections.add(connection)
+            try:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                _Handler(connection, address, self)  # type: ignore[arg-type]
+            finally:
+                with self._lock:
+                    self._connections.discard(connection)
 
     def decide(self, operation: str, key: str) -> Fault | None:
         """What happens to a request; counts it."""
@@ -296,20 +306,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing: the proxy keeps `requests`."""
-
-    def handle_one_request(self) -> None:
-        # A client that keeps its connection must not keep the proxy from closing.
-        while not self.server._closing.is_set():
-            try:
-                if not self.connection.recv(1, socket.MSG_PEEK):
-                    break
-            except TimeoutError:
-                continue
-            self.connection.settimeout(60)
-            super().handle_one_request()
-            self.connection.settimeout(0.5)
-            return
-        self.close_connection = True
 
     def _operation(self) -> tuple[str, str]:
         parts = urlsplit(self.path)

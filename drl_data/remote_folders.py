@@ -165,7 +165,8 @@ class ObstoreFolder:
         try:
             return obstore.head(self.store, path)
         except (BaseError, FileNotFoundError) as error:
-            if Answer.of(error).status not in range(400, 500):
+            answer = Answer.of(error)
+            if answer.is_transient or answer.status not in range(400, 500):
                 raise
             # The answer to HEAD has no body, so it does not say why: is it the object that is
             # missing, or the bucket? The answer to GET does.
