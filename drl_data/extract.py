@@ -175,6 +175,12 @@ class ExtractTask:
             finally:
                 self._computers.put(computer)
 
+    def identity(self) -> RunRecord:
+        """Where this is and with what, as receipts record it."""
+        return RunRecord(
+            host=socket.gethostname(), device=_device_name(self._device), versions=versions()
+        )
+
     def write(
         self, unit: Unit, computed: UnitFeatures, *, clock: Clock, attempt: int = 1
     ) -> UnitResult:
@@ -185,18 +191,16 @@ class ExtractTask:
             ConflictError: the unit is signed with other content.
             ObjectError: storage that failed.
         """
-        run = RunRecord(
-            seconds=clock.seconds(),
-            peak_bytes=_peak_bytes(self._device),
-            host=socket.gethostname(),
-            device=_device_name(self._device),
-            versions=_versions(),
-            attempt=attempt,
-            damage=computed.damage,
-            tars=tar_records(self._index, unit),
-            retries=clock.retries.value,
-            micro_batch=computed.micro_batch,
-        )
+        changes = {
+            "seconds": clock.seconds(),
+            "peak_bytes": _peak_bytes(self._device),
+            "attempt": attempt,
+            "damage": computed.damage,
+            "tars": tar_records(self._index, unit),
+            "retries": clock.retries.value,
+            "micro_batch": computed.micro_batch,
+        }
+        run = self.identity().model_copy(update=changes)
         counts = UnitCounts(
             samples=self._index.digest_rows(unit.start, unit.stop),
             input_bytes=computed.input_bytes,
@@ -204,7 +208,7 @@ class ExtractTask:
             non_finite=computed.non_finite,
             fits=self._fits,
         )
-        features = {name: _as_numpy(x) for name, x in computed.features.items()}
+        features = {name: as_numpy(x) for name, x in computed.features.items()}
         receipt = self._store.write(unit, features, computed.invalid, run, counts)
         return UnitResult(receipt, computed=_is_of(receipt, run))
 
@@ -247,13 +251,14 @@ def make_task(
     device: str | None = None,
     noise_file: str | None = None,
     tars: Sequence[TarInfo] | None = None,
+    read_only: bool = False,
 ) -> ExtractTask:
     """Open the store and load the weights: what an executor runs once in each worker.
 
     `backbone`, `condition` and `noise_file` say where the files are whose digests the store's spec
     holds; `tars` where the tars are, if the store's index does not.
     `n_cpus` is how many units may compute at a time where there is no GPU. `device` defaults to
-    the first visible GPU, else the CPU.
+    the first visible GPU, else the CPU. With `read_only` no fit is put where there is none.
 
     Raises:
         StoreMismatchError: if the weights are not those that the store was made for.
@@ -295,7 +300,9 @@ def make_task(
             candidates=conditions.candidates,
         )
         micro_batches = MicroBatches(loaded.device)
-        fits, checksums = fitted(store, computer, conditions, run, micro_batches)
+        fits, checksums = fitted(
+            store, computer, conditions, run, micro_batches, read_only=read_only
+        )
         computer = computer.with_taps(computer.taps, fits)
         replicas = [computer.replica() for _ in range(n_cpus - 1)] if on_cpu else []
     computers = [computer, *replicas]
@@ -352,7 +359,8 @@ def _frozen_taps(backbone: Backbone, store: FeatureStore) -> tuple[ResolvedTap, 
     return taps
 
 
-def _as_numpy(x: Tensor) -> np.ndarray:
+def as_numpy(x: Tensor) -> np.ndarray:
+    """Features as the store takes them."""
     return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
@@ -368,7 +376,8 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what changes the bits of features: Python and the packages that compute."""
     found = {"python": sys.version.split()[0]}
     for package in RECORDED_PACKAGES:
         try:

@@ -40,6 +40,8 @@ def fitted(
     conditions: SampleConditions,
     run: RunSpec,
     micro_batches: MicroBatches,
+    *,
+    read_only: bool = False,
 ) -> tuple[Fits, dict[str, int]]:
     """The fits of a store on the computer's device, and their checksums; made where there are none.
 
@@ -50,6 +52,11 @@ def fitted(
     """
     wanted = [tap for tap in computer.taps if pca_of(tap.reduce) is not None]
     missing = [tap for tap in wanted if _get(store, tap) is None]
+    if missing and read_only:
+        raise StoreError(
+            f"{store.url}: {', '.join(fit_path(tap.name) for tap in missing)} missing; units that "
+            "are done depend on it: restore it from a backup, or extract into another store"
+        )
     if missing:
         for name, made in _fit(store, computer, conditions, missing, run, micro_batches).items():
             store.folder.put_if_absent(fit_path(name), [made])
