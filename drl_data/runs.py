@@ -27,9 +27,19 @@ from drl_data.pipeline import Pipeline, StoreSpec
 from drl_data.plan import Unit, auto_rows_per_unit, select_units
 from drl_data.progress import SILENT, Progress
 from drl_data.receipts import Receipt
+from drl_data.repair import (
+    Repair,
+    readable_store,
+    remove_damaged,
+    remove_stale,
+    require_fits,
+    restore_root,
+    sound_index,
+)
 from drl_data.resolve import count_feature_flops, resolve_features
 from drl_data.spec import ArraySpec, BackboneSpec, FeatureSpec, ResolvedTime
 from drl_data.store import FeatureStore
+from drl_data.store_metadata import Described
 from drl_data.threads import one_thread
 
 log = logging.getLogger(__name__)
@@ -72,10 +82,16 @@ class RunSummary:
     wall_s: float = 0.0
     stage_s: Counter[str] = field(default_factory=Counter)
     failed: list[tuple[Unit, str]] = field(default_factory=list)
+    repaired: Repair = field(default_factory=Repair)
+    """What was not as it must be, and was made again."""
 
 
 def prepare(
-    pipeline: Pipeline, *, structure_only: bool = False, index: SampleIndex | None = None
+    pipeline: Pipeline,
+    *,
+    structure_only: bool = False,
+    index: SampleIndex | None = None,
+    damaged: bool = False,
 ) -> Prepared:
     """Index the tars, read the model's structure, resolve taps, timesteps, shapes and unit size.
 
@@ -83,7 +99,7 @@ def prepare(
     changed, and its arrays if the spec is the same. With `structure_only` a hub id that is not at
     hand is planned from its bundled configuration, and files of weights, embeddings and noise may
     be made later; the fingerprint is then not that of the run. `index` has the rows, where they are
-    known already (a bucket's).
+    known already (a bucket's). With `damaged` the store is no help where it cannot be read.
 
     Raises:
         UserError: whatever is wrong with the pipeline, its tars or its model.
@@ -97,9 +113,13 @@ def prepare(
             f"pipeline {pipeline.name!r} has buckets, which are a store each; use `extract_all`, "
             "or `split_into_buckets` and take one"
         )
-    store = FeatureStore.open(store_spec.url) if FeatureStore.exists(store_spec.url) else None
+    if damaged:
+        store = readable_store(store_spec.url)
+    else:
+        store = FeatureStore.open(store_spec.url) if FeatureStore.exists(store_spec.url) else None
     if index is None and store is not None:
-        index = if_current(store.index, pipeline.dataset)
+        known = sound_index(store) if damaged else store.index
+        index = None if known is None else if_current(known, pipeline.dataset)
     if index is None:
         index = build_index(pipeline.dataset)
     model, told = find_model(backbone, structure_only=structure_only), pipeline.condition
@@ -178,6 +198,7 @@ def extract_all(
     limit: int | None = None,
     part: tuple[int, int] | None = None,
     shuffle_seed: int | None = None,
+    repair: bool = False,
     progress: Progress = SILENT,
 ) -> list[RunSummary]:
     """`extract`, for each bucket of a pipeline that has buckets; `limit` and `part` are of each.
@@ -192,6 +213,7 @@ def extract_all(
             limit=limit,
             part=part,
             shuffle_seed=shuffle_seed,
+            repair=repair,
             progress=progress,
             index=index,
         )
@@ -214,6 +236,7 @@ def extract(
     limit: int | None = None,
     part: tuple[int, int] | None = None,
     shuffle_seed: int | None = None,
+    repair: bool = False,
     progress: Progress = SILENT,
     index: SampleIndex | None = None,
 ) -> RunSummary:
@@ -221,37 +244,57 @@ def extract(
 
     `limit` stops after the units that hold the first `limit` rows, `part` (i, n) takes the i-th of
     n parts (from 0), `shuffle_seed` changes the order of the units; none of them changes a byte.
-    `index` has the rows, where they are known already (a bucket's).
+    `index` has the rows, where they are known already (a bucket's). With `repair` the store is read
+    first, and what is damaged or missing in these units is made again: see repair.py. No other run
+    may work on them meanwhile.
 
     Raises:
         UserError: whatever is wrong with the pipeline, its tars, its model, or its store.
         ExecutionError: if no worker is left.
     """
-    prepared = prepare(pipeline, index=index)
+    prepared = prepare(pipeline, index=index, damaged=repair)
     prepared.model.check_weights()
     _, _, store_spec = required_sections(pipeline)
-    store = FeatureStore.create(
-        store_spec.url, prepared.spec, prepared.arrays, prepared.times, prepared.index
-    )
+    described = Described(prepared.spec, prepared.arrays, prepared.times)
+    repaired = restore_root(store_spec.url, described) if repair else Repair()
+    store = FeatureStore.create(store_spec.url, *described, prepared.index)
     units = [u for u in store.units if limit is None or u.start < limit]
     if part is not None:
         units = select_units(units, *part)
+    if repair:
+        repaired = repaired.merged(remove_damaged(store, prepared.index, units))
+    else:
+        require_fits(store)
     pending = store.pending(units)
     if shuffle_seed is not None:
         random.Random(shuffle_seed).shuffle(pending)
     summary = RunSummary(store, n_units=len(units), n_pending=len(pending))
     start = time.perf_counter()
-    n_rows = sum(unit.n_rows for unit in pending)
-    if pending:
-        outcomes = run(pipeline, pending, tar_urls=store.index.secret_urls())
-        with one_thread(), progress.bar("extract", n_rows, "images") as bar:
-            for outcome in outcomes:
-                _add(summary, outcome)
-                bar.advance(outcome.unit.n_rows, failed=len(summary.failed))
+    _compute(pipeline, pending, summary, progress)
+    if repaired.fits:
+        repaired = repaired.merged(remove_stale(store, units))
+        again = store.pending(units)
+        summary.n_pending += len(again)
+        _compute(pipeline, again, summary, progress)
     summary.wall_s = time.perf_counter() - start
+    summary.repaired = repaired
     if not store.sealed and not store.pending():
         store.seal()
     return summary
+
+
+def _compute(
+    pipeline: Pipeline, pending: Sequence[Unit], summary: RunSummary, progress: Progress
+) -> None:
+    """Compute units, counted in `summary`."""
+    if not pending:
+        return
+    outcomes = run(pipeline, pending, tar_urls=summary.store.index.secret_urls())
+    n_rows = sum(unit.n_rows for unit in pending)
+    with one_thread(), progress.bar("extract", n_rows, "images") as bar:
+        for outcome in outcomes:
+            _add(summary, outcome)
+            bar.advance(outcome.unit.n_rows, failed=len(summary.failed))
 
 
 def run(
