@@ -27,6 +27,7 @@ from drl_data.pipeline import Pipeline, StoreSpec
 from drl_data.stopping import Stop
 
 if TYPE_CHECKING:
+    from drl_data.repair import Repair
     from drl_data.runs import Prepared, RunSummary
     from drl_data.store import FeatureStore
 
@@ -271,6 +272,9 @@ def extract(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N samples.")] = None,
     units: Annotated[str | None, typer.Option(help="Part I/N of the units, I from 0.")] = None,
     shuffle: Annotated[int | None, typer.Option(help="Order of the units, by this seed.")] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Read the store first; make what is damaged again.")
+    ] = False,
 ) -> None:
     """Compute what is pending in a pipeline's store; run it again to resume."""
     from drl_data.progress import console_progress
@@ -289,6 +293,7 @@ def extract(
         limit=limit,
         part=_parse_part(units),
         shuffle_seed=shuffle,
+        repair=repair,
         progress=console_progress(),
         stop=stop,
     )
@@ -344,13 +349,25 @@ def verify(
 ) -> None:
     """Check a store against its receipts: sizes, or with --deep checksums and values; with --sample
     also against the model."""
-    from drl_data.store import FeatureStore
+    from drl_data.store import FeatureStore, problems_at
+    from drl_data.verify import foreign_objects
 
-    store = FeatureStore.open(url)
-    problems = store.verify(deep=deep)
+    problems = problems_at(url, deep=deep)
     for problem in problems:
         err.print(f"[red]problem:[/] {escape(str(problem))}", soft_wrap=True)
-    out.print(f"{redacted(url)}: {len(problems)} problems", soft_wrap=True)
+    units = sorted({problem.unit for problem in problems if problem.unit is not None})
+    named = f"; units {', '.join(map(str, units))}" if units else ""
+    out.print(f"{redacted(url)}: {len(problems)} problems{named}", soft_wrap=True)
+    if any(problem.object == "zarr.json" for problem in problems):
+        raise typer.Exit(1)
+    store = FeatureStore.open(url)
+    foreign = foreign_objects(store)
+    if foreign:
+        out.print(
+            f"note: {len(foreign)} objects that are not the store's, such as {foreign[0]}",
+            soft_wrap=True,
+            markup=False,
+        )
     differs = sample is not None and not _print_spot_check(store, file, sample, seed, device)
     raise typer.Exit(1 if problems or differs else 0)
 
@@ -505,6 +522,8 @@ def _print_plan(prepared: Prepared) -> None:
 
 def _print_summary(summary: RunSummary) -> bool:
     """Say what a run did; whether its store has everything."""
+    if summary.repaired:
+        _print_repair(summary.repaired)
     if not summary.n_pending:
         out.print(f"nothing left to do: {summary.n_units} units done, no backbone was started")
     else:
@@ -519,6 +538,21 @@ def _print_summary(summary: RunSummary) -> bool:
     for unit, message in summary.failed:
         err.print(f"[red]unit {unit.id} failed:[/] {escape(message)}", soft_wrap=True)
     return not _print_invalid(summary.store) and not summary.failed
+
+
+def _print_repair(repaired: Repair) -> None:
+    for path in repaired.rewritten:
+        out.print(f"repaired: {path} written again", soft_wrap=True)
+    for name in repaired.fits:
+        out.print(f"repaired: the fit of {name} made again", soft_wrap=True)
+    if repaired.units:
+        out.print(
+            f"repaired: {len(repaired.removed)} objects removed, units "
+            f"{', '.join(map(str, repaired.units))} computed again",
+            soft_wrap=True,
+        )
+    if repaired.unsealed:
+        out.print("repaired: the seal was removed; a complete store is sealed again")
 
 
 def _print_invalid(store: FeatureStore) -> int:

@@ -28,10 +28,20 @@ from drl_data.noise_bank import by_content, read_bank
 from drl_data.pipeline import Pipeline, StoreSpec
 from drl_data.plan import Unit, auto_rows_per_unit, select_units
 from drl_data.progress import SILENT, Progress
+from drl_data.repair import (
+    Repair,
+    readable_store,
+    remove_damaged,
+    remove_stale,
+    require_fits,
+    restore_root,
+    sound_index,
+)
 from drl_data.resolve import count_feature_flops, resolve_features
 from drl_data.spec import ArraySpec, BackboneSpec, FeatureSpec, ResolvedTime
 from drl_data.stopping import Stop
 from drl_data.store import FeatureStore
+from drl_data.store_metadata import Described
 from drl_data.threads import one_thread
 
 log = logging.getLogger(__name__)
@@ -81,10 +91,16 @@ class RunSummary:
     failed: list[tuple[Unit, str]] = field(default_factory=list)
     n_left: int = 0
     """Pending units without an outcome, because the run was told to stop."""
+    repaired: Repair = field(default_factory=Repair)
+    """What was not as it must be, and was made again."""
 
 
 def prepare(
-    pipeline: Pipeline, *, structure_only: bool = False, index: SampleIndex | None = None
+    pipeline: Pipeline,
+    *,
+    structure_only: bool = False,
+    index: SampleIndex | None = None,
+    damaged: bool = False,
 ) -> Prepared:
     """Index the tars, read the model's structure, resolve taps, timesteps, shapes and unit size.
 
@@ -92,7 +108,7 @@ def prepare(
     changed, and its arrays if the spec is the same. With `structure_only` a hub id that is not at
     hand is planned from its bundled configuration, and files of weights, embeddings and noise may
     be made later; the fingerprint is then not that of the run. `index` has the rows, where they are
-    known already (a bucket's).
+    known already (a bucket's). With `damaged` the store is no help where it cannot be read.
 
     Raises:
         UserError: whatever is wrong with the pipeline, its tars or its model.
@@ -106,9 +122,13 @@ def prepare(
             f"pipeline {pipeline.name!r} has buckets, which are a store each; use `extract_all`, "
             "or `split_into_buckets` and take one"
         )
-    store = FeatureStore.open(store_spec.url) if FeatureStore.exists(store_spec.url) else None
+    if damaged:
+        store = readable_store(store_spec.url)
+    else:
+        store = FeatureStore.open(store_spec.url) if FeatureStore.exists(store_spec.url) else None
     if index is None and store is not None:
-        index = if_current(store.index, pipeline.dataset)
+        known = sound_index(store) if damaged else store.index
+        index = None if known is None else if_current(known, pipeline.dataset)
     if index is None:
         index = build_index(pipeline.dataset)
     saved = index.public_tars() if store is None else store.index.tars
@@ -189,6 +209,7 @@ def extract_all(
     limit: int | None = None,
     part: tuple[int, int] | None = None,
     shuffle_seed: int | None = None,
+    repair: bool = False,
     progress: Progress = SILENT,
     stop: Stop | None = None,
 ) -> list[RunSummary]:
@@ -204,6 +225,7 @@ def extract_all(
             limit=limit,
             part=part,
             shuffle_seed=shuffle_seed,
+            repair=repair,
             progress=progress,
             index=index,
             stop=stop,
@@ -227,6 +249,7 @@ def extract(
     limit: int | None = None,
     part: tuple[int, int] | None = None,
     shuffle_seed: int | None = None,
+    repair: bool = False,
     progress: Progress = SILENT,
     index: SampleIndex | None = None,
     stop: Stop | None = None,
@@ -235,8 +258,10 @@ def extract(
 
     `limit` stops after the units that hold the first `limit` rows, `part` (i, n) takes the i-th of
     n parts (from 0), `shuffle_seed` changes the order of the units; none of them changes a byte.
-    `index` has the rows, where they are known already (a bucket's). Once `stop` is requested no
-    unit begins, and those that compute have the time that it gives; the rest is `n_left`.
+    `index` has the rows, where they are known already (a bucket's). With `repair` the store is read
+    first, and what is damaged or missing in these units is made again: see repair.py. No other run
+    may work on them meanwhile. Once `stop` is requested no unit begins, and those that compute have
+    the time that it gives; the rest is `n_left`.
 
     Raises:
         UserError: whatever is wrong with the pipeline, its tars, its model, or its store.
@@ -244,32 +269,55 @@ def extract(
         ExecutionError: if no worker is left, or too many units failed one after the other.
     """
     stop = stop or Stop()
-    prepared = prepare(pipeline, index=index)
+    prepared = prepare(pipeline, index=index, damaged=repair)
     prepared.model.check_weights()
     _, _, store_spec = required_sections(pipeline)
-    store = FeatureStore.create(
-        store_spec.url, prepared.spec, prepared.arrays, prepared.times, prepared.index
-    )
+    described = Described(prepared.spec, prepared.arrays, prepared.times)
+    repaired = restore_root(store_spec.url, described) if repair else Repair()
+    store = FeatureStore.create(store_spec.url, *described, prepared.index)
     units = [u for u in store.units if limit is None or u.start < limit]
     if part is not None:
         units = select_units(units, *part)
+    if repair:
+        repaired = repaired.merged(remove_damaged(store, prepared.index, units))
+    else:
+        require_fits(store)
     pending = store.pending(units)
     if shuffle_seed is not None:
         random.Random(shuffle_seed).shuffle(pending)
     summary = RunSummary(store, len(units), len(pending), n_left=len(pending))
     start = time.perf_counter()
-    n_rows = sum(unit.n_rows for unit in pending)
-    if pending and not stop.requested:
-        bar_of_rows = progress.bar("extract", n_rows, "images")
-        outcomes = run(pipeline, pending, stop, tars=prepared.tars)
-        with one_thread(), stop.heeded(), bar_of_rows as bar, closing(outcomes):
-            for outcome in outcomes:
-                _add(summary, outcome)
-                bar.advance(outcome.unit.n_rows, failed=len(summary.failed))
+    _compute(pipeline, prepared, pending, summary, progress, stop)
+    if repaired.fits:
+        repaired = repaired.merged(remove_stale(store, units))
+        again = store.pending(units)
+        summary.n_pending += len(again)
+        summary.n_left += len(again)
+        _compute(pipeline, prepared, again, summary, progress, stop)
     summary.wall_s = time.perf_counter() - start
+    summary.repaired = repaired
     if not store.sealed and not store.pending():
         store.seal()
     return summary
+
+
+def _compute(
+    pipeline: Pipeline,
+    prepared: Prepared,
+    pending: Sequence[Unit],
+    summary: RunSummary,
+    progress: Progress,
+    stop: Stop,
+) -> None:
+    """Compute units, counted in `summary`, until `stop`."""
+    if not pending or stop.requested:
+        return
+    outcomes = run(pipeline, pending, stop, tars=prepared.tars)
+    bar_of_rows = progress.bar("extract", sum(unit.n_rows for unit in pending), "images")
+    with one_thread(), stop.heeded(), bar_of_rows as bar, closing(outcomes):
+        for outcome in outcomes:
+            _add(summary, outcome)
+            bar.advance(outcome.unit.n_rows, failed=len(summary.failed))
 
 
 def run(

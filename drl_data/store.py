@@ -25,7 +25,7 @@ from drl_data.errors import (
     redacted,
 )
 from drl_data.index import SampleIndex, TarInfo
-from drl_data.objects import Buffer, Folder, open_folder
+from drl_data.objects import Folder, open_folder
 from drl_data.plan import InvalidRow, Unit, plan_units
 from drl_data.receipts import (
     Receipt,
@@ -49,7 +49,7 @@ from drl_data.store_metadata import (
 )
 from drl_data.unit_checks import REPAIR, Problem
 from drl_data.unit_writer import UnitWriter, check_unit
-from drl_data.verify import index_record, verify
+from drl_data.verify import index_record, same_index, verify
 
 __all__ = ["FeatureStore", "Problem", "Receipt", "RunRecord", "UnitCounts"]
 
@@ -152,9 +152,13 @@ class FeatureStore:
 
     def put_index(self, index: SampleIndex) -> None:
         """Put the index and the record of its bytes, where they are absent."""
-        data: Buffer = index.to_parquet()
+        data = index.to_parquet()
         if not self.folder.put_if_absent("index.parquet", [data]):
-            data = self.folder.get("index.parquet")  # of another creator, perhaps in other bytes
+            there = self.folder.get("index.parquet")
+            if same_index(there, index):  # of another creator, perhaps by another library
+                data = there
+            else:  # before index.json nothing vouches for it
+                self.folder.put("index.parquet", [data])
         self.folder.put_if_absent("index.json", [index_record(data)])
         self._index = index
 

@@ -55,6 +55,14 @@ def index_record(data: Buffer) -> bytes:
     return canonical_json(record)
 
 
+def same_index(data: Buffer, index: SampleIndex) -> bool:
+    """Whether a Parquet file holds this index; another library writes other bytes of it."""
+    try:
+        return SampleIndex.from_parquet(data, "index").to_parquet() == index.to_parquet()
+    except InputError:
+        return False
+
+
 def check_own(store: FeatureStore, sizes: Sizes) -> tuple[list[Problem], SampleIndex | None]:
     """What is wrong with the objects that are no unit's, and the index unless it is damaged."""
     problems = []
@@ -64,11 +72,12 @@ def check_own(store: FeatureStore, sizes: Sizes) -> tuple[list[Problem], SampleI
         elif bytes(store.folder.get(path)) != want:
             what = "not what the store's spec implies; damaged, or edited"
             problems.append(Problem(None, path, what, REPAIR))
-    wrong, index = _check_index(store, sizes)
+    wrong, index = check_index(store, sizes)
     return [*problems, *wrong], index
 
 
-def _check_index(store: FeatureStore, sizes: Sizes) -> tuple[list[Problem], SampleIndex | None]:
+def check_index(store: FeatureStore, sizes: Sizes) -> tuple[list[Problem], SampleIndex | None]:
+    """What is wrong with the index, and the index if nothing is."""
     missing = [path for path in ("index.parquet", "index.json") if path not in sizes]
     if missing:
         return [Problem(None, path, "missing", REPAIR) for path in missing], None
