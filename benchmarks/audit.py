@@ -35,9 +35,11 @@ def verdict(report: str) -> tuple[list[str], bool]:
                 lines.append(f"UPDATE: {name}, fixed in {', '.join(found['fix_versions'])}")
             else:
                 lines.append(f"no fix yet: {name}")
-    lines.append(f"audit: {len(packages) - len(unknown)} of {len(packages)} packages checked")
+    n_checked = len(packages) - len(unknown)
+    lines.append(f"audit: {n_checked} of {len(packages)} packages checked")
     if unknown:
-        lines.append(f"audit: nothing is known of {len(unknown)}: {', '.join(unknown[:5])} ...")
+        state = "not checked" if n_checked else "NOT DONE, the service knows none of them"
+        lines.append(f"audit: {state}: {', '.join(unknown[:5])}{' ...' if unknown[5:] else ''}")
     return lines, must_update
 
 
