@@ -19,7 +19,7 @@ from functools import partial
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from drl_data.errors import ImageError, ObjectNotFoundError, SpecError
+from drl_data.errors import ImageError, InputError, ObjectNotFoundError, SpecError
 from drl_data.images import displayed_size
 from drl_data.index import SampleIndex
 from drl_data.objects import Buffer, Folder, open_parent
@@ -109,6 +109,10 @@ def _kept_sizes(
         table = pq.read_table(pa.BufferReader(folder.get(name)))
     except ObjectNotFoundError:
         table = None
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(
+            f"{url}: not the sizes of images that an earlier run left ({error}); delete it"
+        ) from error
     if table is None or (table.schema.metadata or {}).get(b"index") != digest:
         found = read_sizes(index, n_threads=n_threads, progress=progress)
         table = pa.table(

@@ -252,7 +252,7 @@ class Pipeline(Spec):
             raise SpecError(
                 f"{path}: no such pipeline file; `drl recipes` lists those that come with drl"
             ) from error
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise SpecError(f"{path} is not YAML: {error}") from error
         return cls.parse(data, str(path)).relative_to(path.parent)
 

@@ -349,15 +349,23 @@ class FeatureStore:
         `pending`), stage and reason (null unless invalid).
         """
         if self.sealed:
-            return pq.read_table(pa.BufferReader(self.folder.get("samples.parquet")))
+            return self._sealed_samples()
         return sample_table(self.index, self.receipts())
+
+    def _sealed_samples(self, columns: list[str] | None = None) -> pa.Table:
+        data = pa.BufferReader(self.folder.get("samples.parquet"))
+        try:
+            return pq.read_table(data, columns=columns)
+        except (pa.ArrowException, OSError) as error:
+            raise StoreError(
+                f"{self.url}/samples.parquet: not the sample table ({error}); delete sealed.json "
+                "and seal the store again"
+            ) from error
 
     def valid_rows(self) -> npt.NDArray[np.bool_]:
         """Whether each row has features, [n_samples]; False for pending rows."""
         if self.sealed:
-            table = pq.read_table(
-                pa.BufferReader(self.folder.get("samples.parquet")), columns=["status"]
-            )
+            table = self._sealed_samples(["status"])
             return np.array([status == "ok" for status in table["status"].to_pylist()], np.bool_)
         valid = np.zeros(self.spec.n_samples, np.bool_)
         for receipt in self.receipts().values():
