@@ -19,6 +19,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes, urlsplit, urlunsplit
@@ -93,7 +94,7 @@ class ObstoreFolder:
                 "'forkserver' (torch: DataLoader(..., multiprocessing_context='forkserver'))"
             )
         if self._store is None:
-            self._store = _connect(self.url)
+            self._store = _connected(self.url, _settings())
         return self._store
 
     def get(self, path: str) -> memoryview:
@@ -330,6 +331,22 @@ def _client() -> ClientConfig:
     if timeout <= timedelta(0):
         raise UserError(f"DRL_STORAGE_TIMEOUT_S is {text!r}; want a number of seconds above 0")
     return {"timeout": timeout, "connect_timeout": min(timeout, timedelta(seconds=10))}
+
+
+_SETTINGS = ("AWS_", "AZURE_", "DRL_STORAGE_", "GOOGLE_")
+
+
+def _settings() -> tuple[tuple[str, str], ...]:
+    """What the environment says about storage."""
+    return tuple(sorted(item for item in os.environ.items() if item[0].startswith(_SETTINGS)))
+
+
+@lru_cache(64)
+def _connected(url: str, settings: tuple[tuple[str, str], ...]) -> ObjectStore:
+    """The handle for a URL, shared by all folders of this process: finding the credentials of S3
+    costs 90 ms, and each unit opens the folders of its tars. Other settings, another handle."""
+    del settings
+    return _connect(url)
 
 
 def _connect(url: str) -> ObjectStore:

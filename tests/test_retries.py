@@ -410,6 +410,17 @@ def test_a_view_counts_for_itself_and_shares_the_connection(tmp_path: Path) -> N
     assert pickle.loads(pickle.dumps(view)).count.value == 0
 
 
+@pytest.mark.s3
+def test_folders_of_one_url_share_a_connection_while_settings_last(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = ObstoreFolder(s3_url).store
+    assert ObstoreFolder(s3_url).store is first
+    assert ObstoreFolder(f"{s3_url}/x").store is not first
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+    assert ObstoreFolder(s3_url).store is not first
+
+
 # --- what is said -------------------------------------------------------------------------------
 
 
