@@ -396,6 +396,35 @@ def _print_spot_check(
 
 
 @app.command()
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="Folder or URL of a store.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Folder or URL of another.")],
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Status 1 also where rows differ by rounding only.")
+    ] = False,
+) -> None:
+    """Compare two stores: specs, arrays, rows, values; status 0 if equal but for rounding."""
+    from drl_data.diff import diff_stores, format_diff
+    from drl_data.store import FeatureStore
+
+    found = diff_stores(FeatureStore.open(a), FeatureStore.open(b))
+    for line in format_diff(found):
+        out.print(line, soft_wrap=True, markup=False, highlight=False)
+    columns = ("array", "timestep", "view", "rows", "differ", "beyond", "largest", "tolerance")
+    table = Table(*columns, "first", box=None)
+    for one in found.common:
+        rows = one.found
+        numbers = (rows.n_rows, rows.n_differing, rows.n_beyond)
+        sizes = (f"{rows.largest:.2g}", f"{one.tolerance:.2g}")
+        first = "" if rows.first is None else str(rows.first)
+        table.add_row(one.array, one.timestep, one.view, *map(str, numbers), *sizes, first)
+    out.print(table)
+    out.print(f"{found.verdict}: {found.n_rows} rows of both compared", soft_wrap=True)
+    wanted = ("equal",) if exact else ("equal", "equal within tolerance")
+    raise typer.Exit(0 if found.verdict in wanted else 1)
+
+
+@app.command()
 def pretrain(file: PipelineFile, device: Device = None, tars: OverrideTars = None) -> None:
     """Train a small pixel-space DDPM on the pipeline's tars; run it again to resume."""
     from drl_data.index import build_index

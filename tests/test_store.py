@@ -324,6 +324,17 @@ def test_a_creation_that_was_cut_short_is_completed(tmp_path: Path) -> None:
     assert store.verify(deep=True) == []
 
 
+def test_an_index_that_a_dead_creator_left_torn_is_put_again(tmp_path: Path) -> None:
+    whole = make_store(str(tmp_path / "whole"))
+    cut = LocalFolder(tmp_path / "cut")
+    cut.put("zarr.json", [whole.folder.get("zarr.json")])
+    cut.put("index.parquet", [whole.folder.get("index.parquet")[:-9]])
+    store = make_store(str(tmp_path / "cut"))
+    assert cut.get("index.parquet") == whole.folder.get("index.parquet")
+    fill(store)
+    assert store.verify(deep=True) == []
+
+
 def test_an_equal_store_is_opened(tmp_path: Path) -> None:
     url = str(tmp_path / "s")
     fill(make_store(url), [3])
