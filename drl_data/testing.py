@@ -4,6 +4,7 @@
     Schedule              per unit and attempt: run, fail, or die
     KillingRows           a task that some rows kill, in one of several ways
     Fault                 kills a process the n-th time that it reads, computes, writes or signs
+    PoisonImage           an image that kills the process that decodes it
 
 Tiny backbones are in tiny_models.py.
 """
@@ -11,6 +12,7 @@ Tiny backbones are in tiny_models.py.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import io
 import itertools
@@ -27,6 +29,7 @@ import numpy as np
 from PIL import Image
 
 from drl_data.errors import ObjectError
+from drl_data.objects import Buffer
 from drl_data.plan import Lease
 from drl_data.stopping import Stop
 
@@ -207,8 +210,31 @@ class Fault:
                 os.kill(process, signal.Signals[self.how])
 
 
+@dataclass(frozen=True)
+class PoisonImage:
+    """An image, known by the SHA-256 of its bytes, that kills every process that decodes it.
+
+    `how`, as `KillingRows` has it.
+    """
+
+    sha256: str
+    how: str = "SIGSEGV"
+
+    def arm(self) -> None:
+        """Lie in wait in this process, for its whole life."""
+        room = vars(importlib.import_module("drl_data.images"))
+        plain = room["_decode"]
+
+        def decode(data: Buffer, *rest: object) -> object:
+            if hashlib.sha256(data).hexdigest() == self.sha256:
+                die(self.how)
+            return plain(data, *rest)
+
+        room["_decode"] = decode
+
+
 def make_faulty_task(
-    faults: Sequence[Fault], make_task: Callable[[], Callable[[Lease, Stop], R]]
+    faults: Sequence[Fault | PoisonImage], make_task: Callable[[], Callable[[Lease, Stop], R]]
 ) -> Callable[[Lease, Stop], R]:
     """Make a task where faults lie in wait; executors get a `partial` of this."""
     for fault in faults:

@@ -16,15 +16,15 @@ from pathlib import Path
 from drl_data import runs
 from drl_data.extract import ExtractTask, make_task
 from drl_data.pipeline import Pipeline
-from drl_data.testing import Fault, make_faulty_task
+from drl_data.testing import Fault, PoisonImage, make_faulty_task
 
 
-def make(faults: Sequence[Fault], *args: object, **kwargs: object) -> ExtractTask:
+def make(faults: Sequence[Fault | PoisonImage], *args: object, **kwargs: object) -> ExtractTask:
     """In place of `make_task` in runs.py."""
     return make_faulty_task(faults, partial(make_task, *args, **kwargs))  # type: ignore[arg-type]
 
 
-def extract_with(pipeline: Pipeline, faults: Sequence[Fault]) -> runs.RunSummary:
+def extract_with(pipeline: Pipeline, faults: Sequence[Fault | PoisonImage]) -> runs.RunSummary:
     """`extract`, with faults in every process that computes."""
     runs.make_task, plain = partial(make, faults), runs.make_task  # type: ignore[assignment]
     try:

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
+from benchmarks import kills
+from benchmarks.kills import random_kills
 from drl_data.pipeline import Pipeline
 from drl_data.runs import extract
 from drl_data.store import FeatureStore
-from drl_data.testing import Fault, Phase, write_photo_tars
+from drl_data.testing import Fault, Phase, PoisonImage, write_photo_tars
 from drl_data.tiny_models import save_tiny_ddpm
 from tests.faulty_extract import extract_with
 from tests.test_executors import is_running, wait_until
-from tests.test_extract import assert_same_store
+from tests.test_extract import arrays_of, assert_same_store
 
 ROOT = Path(__file__).parents[1]
 PHASES: tuple[Phase, ...] = ("read", "compute", "write", "sign", "signed")
@@ -140,3 +145,53 @@ def test_actors_and_their_children_that_are_killed_are_replaced(
     assert not summary.failed
     assert (tmp_path / "mark").exists()
     assert_same_store(world.reference, summary.store)
+
+
+def image_bytes(world: World) -> list[bytes]:
+    """Of each row, as they lie in the tars."""
+    found = []
+    for path in sorted((world.folder / "photos").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for name in sorted(n for n in tar.getnames() if n.endswith(".jpg")):
+                member = tar.extractfile(name)
+                assert member is not None
+                found.append(member.read())
+    return found
+
+
+@pytest.mark.parametrize("executor", ["process", pytest.param("ray", marks=[pytest.mark.ray])])
+def test_images_that_kill_are_listed_and_the_rest_of_their_unit_is_computed(
+    world: World, tmp_path: Path, request: pytest.FixtureRequest, executor: str
+) -> None:
+    """Row 9 crashes its worker and row 10 of the same unit exhausts its memory."""
+    if executor == "ray":
+        request.getfixturevalue("local_ray")
+    images = image_bytes(world)
+    assert len(images) == 22
+    digests = [hashlib.sha256(image).hexdigest() for image in images]
+    poison = [PoisonImage(digests[9], "SIGSEGV"), PoisonImage(digests[10], "memory")]
+    settings = {"executor": executor, "workers": 2, "max_attempts": 1}
+    summary = extract_with(world.pipeline(tmp_path / "s.zarr", **settings), poison)
+    assert not summary.failed
+    store = summary.store
+    assert store.sealed
+    assert store.verify(deep=True) == []
+    invalid = [row for receipt in store.receipts().values() for row in receipt.invalid]
+    assert [(row.row, row.key, row.stage, row.reason) for row in invalid] == [
+        (9, "crop-0009", "worker", "killed its worker: SIGSEGV (2 of 2 times)"),
+        (10, "crop-0010", "worker", "killed its worker: out of memory (2 of 2 times)"),
+    ]
+    good = [row for row in range(22) if row not in (9, 10)]
+    mine, theirs = arrays_of(store), arrays_of(world.reference)
+    for name in theirs:
+        np.testing.assert_array_equal(mine[name][:, good], theirs[name][:, good], name)
+        assert np.isnan(mine[name][:, [9, 10]]).all()
+    assert summary.n_ok == 20
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
+    """A handful; `python -m benchmarks.kills` tries as many as are asked for."""
+    kinds = ("driver local", "child", "driver process")
+    for trial in random_kills(kills.World.make(tmp_path), 4, seed=0, kinds=kinds):
+        assert (trial.n_rows_lost, trial.n_rows_wrong) == (0, 0), trial
