@@ -25,6 +25,7 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Generic, TypeVar
 
 from drl_data.answers import Answer, Made, Task, answer, make
+from drl_data.errors import UserError
 from drl_data.plan import Lease
 from drl_data.stopping import Stop
 
@@ -35,8 +36,18 @@ _FD = "DRL_WORKER_FD"
 
 
 def packed(make_task: Callable[[], Task[R]]) -> bytes:
-    """What makes the task, for the way to a child; it must be importable there, as by `partial`."""
-    return bytes(ForkingPickler.dumps(make_task))
+    """What makes the task, for the way to a child, which must be able to import it.
+
+    Raises:
+        UserError: if it is defined in the script that runs, which children do not import.
+    """
+    data = bytes(ForkingPickler.dumps(make_task))
+    if b"__main__" in data:
+        raise UserError(
+            f"{make_task!r} is defined in the script that runs, which child processes and actors "
+            "do not import; move it to a module"
+        )
+    return data
 
 
 class WorkerProcess(Generic[R]):

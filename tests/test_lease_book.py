@@ -304,3 +304,61 @@ def test_a_worker_that_leaves_gets_no_lease_and_its_slot_is_vacant() -> None:
     book.ready(other)
     again = book.take(other)
     assert again == lease  # the same attempt: nobody is charged
+
+
+def test_a_unit_that_kills_but_whose_rows_do_not_is_given_up() -> None:
+    """As one that dies when it writes: probes write nothing."""
+    book: LeaseBook[int] = LeaseBook(plan_units(8, 8), Limits(1, 2, 100), 1)
+    n_whole = 0
+    while not book.done:
+        worker = book.hire(book.vacant()[0])
+        book.ready(worker)
+        while (lease := book.take(worker)) is not None and lease.probe is not None:
+            book.answered(worker, lease, Answer("ok"))
+        if lease is not None:
+            n_whole += 1
+            assert n_whole < 20
+            book.died(worker, "SIGKILL")
+    (outcome,) = book.outcomes()
+    assert outcome.error == (
+        "it kills its worker (SIGKILL), but no rows of it do so when they are computed alone"
+    )
+    assert (outcome.attempts, n_whole) == (4, 4)
+
+
+def test_a_row_of_a_unit_that_died_beside_another_is_not_searched() -> None:
+    """With one attempt allowed too, a unit is computed alone before its rows are suspected."""
+    book, worker = two_workers(2, leases=2, max_attempts=1)
+    assert book.take(worker) is not None
+    assert book.take(worker) is not None
+    book.died(worker, "SIGSEGV")
+    worker = book.hire(0)
+    book.ready(worker)
+    alone = book.take(worker)
+    assert alone is not None
+    assert alone.probe is None
+
+
+def test_an_unannounced_death_of_a_node_does_not_count_against_the_slot() -> None:
+    book: LeaseBook[int] = LeaseBook(plan_units(40, 1), Limits(), 1)
+    for _ in range(10):
+        book.died(book.hire(book.vacant()[0]), "its node died", counts=False)
+    assert book.vacant() == [0]
+
+
+def test_the_search_for_rows_that_kill_costs_no_slot() -> None:
+    """One slot, one unit with three such rows, which die far more often than a slot may."""
+    unit = Unit(0, 0, 64)
+    book: LeaseBook[set[int]] = LeaseBook([unit], Limits(1, 3, 4), 1)
+    poison, n_deaths = {5, 6, 40}, 0
+    while not book.done:
+        worker = book.hire(book.vacant()[0])
+        book.ready(worker)
+        while (lease := book.take(worker)) is not None and not rows_of(lease) & poison:
+            book.answered(worker, lease, Answer("ok", rows_of(lease)))
+        if lease is not None:
+            book.died(worker, "SIGSEGV")
+            n_deaths += 1
+    (outcome,) = book.outcomes()
+    assert outcome.result == set(range(64)) - poison
+    assert n_deaths > 12
