@@ -79,6 +79,10 @@ class ExtractTask:
         self._computers: queue.SimpleQueue[FeatureComputer] = queue.SimpleQueue()
         for computer in computers:
             self._computers.put(computer)
+        self.identity = RunRecord(
+            host=socket.gethostname(), device=_device_name(self._device), versions=_versions()
+        )
+        """Where this is and with what, as receipts record it."""
         self._budget = ByteBudget(run.memory_bytes)
         self._prefetch_bytes = max(run.memory_bytes // 32, 1)
 
@@ -174,12 +178,6 @@ class ExtractTask:
             finally:
                 self._computers.put(computer)
 
-    def identity(self) -> RunRecord:
-        """Where this is and with what, as receipts record it."""
-        return RunRecord(
-            host=socket.gethostname(), device=_device_name(self._device), versions=versions()
-        )
-
     def write(
         self, unit: Unit, computed: UnitFeatures, *, clock: Clock, attempt: int = 1
     ) -> UnitResult:
@@ -198,7 +196,7 @@ class ExtractTask:
             "tars": tar_records(self._index, unit),
             "micro_batch": computed.micro_batch,
         }
-        run = self.identity().model_copy(update=changes)
+        run = self.identity.model_copy(update=changes)
         counts = UnitCounts(
             samples=self._index.digest_rows(unit.start, unit.stop),
             input_bytes=computed.input_bytes,
@@ -371,8 +369,7 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
-def versions() -> dict[str, str]:
-    """Of what changes the bits of features: Python and the packages that compute."""
+def _versions() -> dict[str, str]:
     found = {"python": sys.version.split()[0]}
     for package in RECORDED_PACKAGES:
         try:
