@@ -19,7 +19,8 @@ from torch import Tensor
 
 from drl_data.backbones import Conditioning
 from drl_data.conditions import SampleConditions
-from drl_data.device_memory import MicroBatches
+from drl_data.device_memory import MicroBatches, is_out_of_memory
+from drl_data.errors import HostMemoryError
 from drl_data.features import FeatureComputer
 from drl_data.images import ImageBatch
 from drl_data.metering import Clock
@@ -64,11 +65,25 @@ class UnitFeatures:
 
 
 def empty_features(store: FeatureStore, unit: Unit, *, pinned: bool = False) -> dict[str, Tensor]:
-    """Host memory for the features of a unit, as `UnitFeatures.features` has them."""
-    return {
-        array.name: storage_buffer(array, (store.n_cells(array.name), unit.n_rows), pinned=pinned)
-        for array in store.arrays
-    }
+    """Host memory for the features of a unit, as `UnitFeatures.features` has them.
+
+    Raises:
+        HostMemoryError: there is not so much that the GPU can write to.
+    """
+    cells = {array.name: store.n_cells(array.name) for array in store.arrays}
+    try:
+        return {
+            array.name: storage_buffer(array, (cells[array.name], unit.n_rows), pinned=pinned)
+            for array in store.arrays
+        }
+    except RuntimeError as error:
+        if not (pinned and is_out_of_memory(error)):
+            raise
+        n_bytes = unit.n_rows * sum(a.bytes_per_row * cells[a.name] for a in store.arrays)
+        raise HostMemoryError(
+            f"{store.url}, unit {unit.id}: the host cannot pin {n_bytes} bytes of memory for its "
+            "features; set a smaller `run.leases` or `features.rows_per_unit`"
+        ) from error
 
 
 class UnitPass:
