@@ -38,6 +38,7 @@ from drl_data.images import read_batches
 from drl_data.index import SampleIndex
 from drl_data.metering import ByteBudget, Clock, take
 from drl_data.noise_bank import bank_digest, read_bank
+from drl_data.numerics import COUNTS_BYTES
 from drl_data.pipeline import RunSpec
 from drl_data.plan import Lease, Unit
 from drl_data.receipts import Receipt, RunRecord, TarRecord, UnitCounts
@@ -123,7 +124,9 @@ class ExtractTask:
             StoppedError: the run was told to stop meanwhile.
         """
         n_times = len(self._store.times)
-        per_row = sum(a.n_cells(n_times) * a.bytes_per_row for a in self._store.arrays)
+        per_row = sum(
+            a.n_cells(n_times) * (a.bytes_per_row + COUNTS_BYTES) for a in self._store.arrays
+        )
         n_bytes = unit.n_rows * per_row + self._prefetch_bytes
         with self._budget.reserve(n_bytes, stop.check_begin):
             yield

@@ -105,6 +105,7 @@ class UnitPass:
         """`ask` is called before each forward, and may raise to end the pass. `into` has the memory
         that is filled, if there is any."""
         self._store, self._unit, self._spec = store, unit, store.spec
+        _check_times(store, selection.times or {})
         self._computer, self._conditions, self._selection = computer, conditions, selection
         self._clock, self._ask, self._micro_batches = clock, ask, micro_batches
         pinned = computer.backbone.device.type == "cuda"
@@ -217,6 +218,14 @@ class UnitPass:
                 if metered:
                     meter = self._meters[name][t, view, start] = DamageMeter()
                     meter.add(exact, from_storage(stored, array))
+
+
+def _check_times(store: FeatureStore, times: TapTimes) -> None:
+    for name, wanted in times.items():
+        array = store.array(name)
+        assert array.quantises is None, f"{name!r} comes with {array.quantises!r}"
+        averaged = array.timesteps == "mean" and wanted
+        assert not averaged or len(set(wanted)) == len(store.times), f"{name!r}: a mean over all"
 
 
 def noise_keys(batch: ImageBatch, images: ImageSpec) -> Iterator[list[str]]:
