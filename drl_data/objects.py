@@ -238,6 +238,11 @@ class ObstoreFolder:
         with contextlib.suppress(ObjectNotFoundError), _remote_errors(self.url, path):
             obstore.delete(self.store, path)
 
+    def copy(self, path: str, to: str) -> None:
+        """Copy one object to another name below this URL inside the server."""
+        with _remote_errors(self.url, path):
+            obstore.copy(self.store, path, to)
+
     def local_path(self, path: str) -> Path | None:
         return None
 

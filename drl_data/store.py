@@ -478,7 +478,10 @@ class FeatureStore:
             TapError: no such array, timestep or view.
             StoreError: a row that is out of range or not written, or a damaged shard.
         """
-        cell = self._checked_cell(name, time_index, view)
+        return self.read_cell(name, self._checked_cell(name, time_index, view), rows)
+
+    def read_cell(self, name: str, cell: int, rows: npt.ArrayLike) -> Array:
+        """`read_rows` of a cell: a timestep of a view, as `shards` counts them."""
         wanted = np.asarray(rows, np.int64).reshape(-1)
         if wanted.size and not 0 <= wanted.min() <= wanted.max() < self.spec.n_samples:
             raise StoreError(
