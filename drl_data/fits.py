@@ -43,7 +43,7 @@ def fitted(
     missing = [tap for tap in wanted if _get(store, tap) is None]
     if missing:
         for name, made in _fit(store, computer, conditions, missing, run).items():
-            store.folder.put_if_absent(fit_path(name), made)
+            store.folder.put_if_absent(fit_path(name), [made])
     fits: dict[str, list[Pca]] = {}
     checksums: dict[str, int] = {}
     for tap in wanted:

@@ -62,8 +62,8 @@ class Folder(Protocol):
     def put(self, path: str, parts: Sequence[Buffer]) -> None:
         """Write the concatenation of `parts` as one object, whole or not at all."""
 
-    def put_if_absent(self, path: str, data: Buffer) -> bool:
-        """Write unless the object exists, atomically; False if it does."""
+    def put_if_absent(self, path: str, parts: Sequence[Buffer]) -> bool:
+        """As `put` unless the object exists, atomically; False if it does."""
 
     def head(self, path: str) -> ObjectInfo:
         """Size and tag of one object."""
@@ -123,9 +123,9 @@ class LocalFolder:
         with _local_errors(target), self._temporary(target, parts) as name:
             os.replace(name, target)
 
-    def put_if_absent(self, path: str, data: Buffer) -> bool:
+    def put_if_absent(self, path: str, parts: Sequence[Buffer]) -> bool:
         target = self.root / path
-        with _local_errors(target), self._temporary(target, [data]) as name:
+        with _local_errors(target), self._temporary(target, parts) as name:
             try:
                 os.link(name, target)
             except FileExistsError:
@@ -214,10 +214,10 @@ class ObstoreFolder:
         with _remote_errors(self.url, path):
             obstore.put(self.store, path, _joined(parts), use_multipart=False)
 
-    def put_if_absent(self, path: str, data: Buffer) -> bool:
+    def put_if_absent(self, path: str, parts: Sequence[Buffer]) -> bool:
         with _remote_errors(self.url, path):
             try:
-                obstore.put(self.store, path, bytes(data), mode="create", use_multipart=False)
+                obstore.put(self.store, path, _joined(parts), mode="create", use_multipart=False)
             except (AlreadyExistsError, PreconditionError):
                 return False
         return True
@@ -279,12 +279,12 @@ class FsspecFolder:
             self._fs.makedirs(self._full(path).rpartition("/")[0], exist_ok=True)
             self._fs.pipe_file(self._full(path), bytes(_joined(parts)))
 
-    def put_if_absent(self, path: str, data: Buffer) -> bool:
+    def put_if_absent(self, path: str, parts: Sequence[Buffer]) -> bool:
         with _remote_errors(self.url, path):
             self._fs.makedirs(self._full(path).rpartition("/")[0], exist_ok=True)
             try:
                 with self._creating:
-                    self._fs.pipe_file(self._full(path), bytes(data), mode="create")
+                    self._fs.pipe_file(self._full(path), bytes(_joined(parts)), mode="create")
             except FileExistsError:
                 return False
         return True

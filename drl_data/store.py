@@ -119,7 +119,7 @@ class FeatureStore:
             )
         objects = store.metadata()
         root = objects.pop("zarr.json")
-        if not store.folder.put_if_absent("zarr.json", root):
+        if not store.folder.put_if_absent("zarr.json", [root]):
             existing = cls.open(url)
             require_same(existing.url, existing.described, store.described)
             if existing._has("index.parquet"):
@@ -293,7 +293,7 @@ class FeatureStore:
         in_threads(lambda path: self.folder.put(path, objects[path]), list(objects))
         seconds = {**run.seconds, "write": time.perf_counter() - started}
         receipt = receipt.model_copy(update={"run": run.model_copy(update={"seconds": seconds})})
-        if self.folder.put_if_absent(receipt_path(unit), receipt.to_json()):
+        if self.folder.put_if_absent(receipt_path(unit), [receipt.to_json()]):
             return receipt
         signed = self.receipt(unit)
         if signed is None:
@@ -428,7 +428,7 @@ class FeatureStore:
         pq.write_table(sample_table(self.index, receipts), sink, compression="zstd")
         samples = memoryview(sink.getvalue())
         self.folder.put("samples.parquet", [samples])
-        self.folder.put_if_absent("sealed.json", canonical_json(seal_content(receipts, samples)))
+        self.folder.put_if_absent("sealed.json", [canonical_json(seal_content(receipts, samples))])
 
     def samples(self) -> pa.Table:
         """One line per sample, in row order.

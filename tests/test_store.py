@@ -7,7 +7,7 @@ import pickle
 import struct
 import textwrap
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -32,7 +32,7 @@ from drl_data.errors import (
     StoreMismatchError,
     TapError,
 )
-from drl_data.objects import LocalFolder, ObjectInfo, open_folder
+from drl_data.objects import Buffer, LocalFolder, ObjectInfo, open_folder
 from drl_data.plan import Unit
 from drl_data.receipts import receipt_path
 from drl_data.shards import STORED, ShardLayout, crc32c, non_finite_rows
@@ -568,9 +568,9 @@ class SigningFirst(LocalFolder):
         super().__init__(root)
         self._sign = sign
 
-    def put_if_absent(self, path: str, data: bytes | bytearray | memoryview) -> bool:
+    def put_if_absent(self, path: str, parts: Sequence[Buffer]) -> bool:
         self._sign()
-        return super().put_if_absent(path, data)
+        return super().put_if_absent(path, parts)
 
 
 def test_the_loser_of_a_race_takes_the_winners_receipt(tmp_path: Path) -> None:
