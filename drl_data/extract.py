@@ -13,10 +13,9 @@ import queue
 import resource
 import socket
 import sys
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,26 +24,22 @@ from torch import Tensor
 from drl_data.backbones import Backbone, find_model, load_backbone
 from drl_data.conditions import SampleConditions
 from drl_data.diffusion_spec import ConditionSpec
-from drl_data.errors import FeatureError, StoreMismatchError, TapError
+from drl_data.errors import ImageError, StoreMismatchError, TapError, redacted
 from drl_data.features import FeatureComputer
 from drl_data.fits import fitted
-from drl_data.images import ImageBatch, read_batches
-from drl_data.metering import ByteBudget, Clock
+from drl_data.images import read_batches
+from drl_data.index import SampleIndex
+from drl_data.metering import ByteBudget, Clock, take
 from drl_data.noise_bank import bank_digest, read_bank
 from drl_data.pipeline import RunSpec
-from drl_data.plan import InvalidRow, Lease, Unit
-from drl_data.quantise import (
-    DamageMeter,
-    from_storage,
-    storage_buffer,
-    to_storage,
-)
-from drl_data.receipts import Damage, Receipt, RunRecord, UnitCounts
-from drl_data.spec import BackboneSpec, ImageSpec
+from drl_data.plan import Lease, Unit
+from drl_data.receipts import Receipt, RunRecord, TarRecord, UnitCounts
+from drl_data.spec import BackboneSpec
 from drl_data.spec_base import file_digest
 from drl_data.stopping import Stop
 from drl_data.store import FeatureStore
 from drl_data.taps import ResolvedTap
+from drl_data.unit_features import WHOLE, Selection, UnitFeatures, UnitPass
 
 RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "numpy", "pillow", "drl-data")
 
@@ -76,134 +71,153 @@ class ExtractTask:
         for computer in computers:
             self._computers.put(computer)
         self._budget = ByteBudget(run.memory_bytes)
+        self._prefetch_bytes = max(run.memory_bytes // 32, 1)
 
-    def __call__(self, lease: Lease, stop: Stop | None = None) -> Receipt:
-        """Compute and write one unit; returns the receipt that the store holds in the end.
+    def __call__(self, lease: Lease, stop: Stop | None = None) -> UnitResult | None:
+        """Compute and write one unit; None if the lease only probes some rows.
+
+        Another driver may have signed the unit: then its receipt is returned and nothing computed.
 
         Raises:
-            FeatureError: features not finite, or past the storage dtype's range with
-                `overflow: error`.
+            StoppedError: the run ends, and the unit had not begun or took too long.
+            FeatureError: features not finite or past the storage dtype's range where the spec
+                says that this is an error.
             InputError: a tar that changed since it was indexed.
             ObjectError: storage that failed.
         """
-        unit, clock = lease.unit, Clock(self._device)
-        n_times = len(self._store.times)
-        per_row = sum(a.n_cells(n_times) * a.bytes_per_row for a in self._store.arrays)
-        features_bytes = unit.n_rows * per_row
-        prefetch_bytes = max(self._run.memory_bytes // 32, 1)
-        with self._budget.reserve(features_bytes + prefetch_bytes):
-            batches = read_batches(
-                unit,
-                self._index,
-                self._spec.images,
-                batch_size=self._spec.batch_size,
-                n_threads=self._run.decode_threads,
-                prefetch_bytes=prefetch_bytes,
-                views=True,
-            )
-            with closing(batches):
-                primed = itertools.chain([next(batches)], batches)  # reads while others compute
-                computer = self._computers.get()
-                try:
-                    computed = self._compute_unit(unit, primed, computer, clock)
-                finally:
-                    self._computers.put(computer)
-            return self._store.write(
-                unit,
-                {name: _as_numpy(x) for name, x in computed.features.items()},
-                computed.invalid,
-                RunRecord(
-                    seconds=clock.seconds(),
-                    peak_bytes=_peak_bytes(self._device),
-                    host=socket.gethostname(),
-                    device=_device_name(self._device),
-                    versions=_versions(),
-                    attempt=lease.attempt,
-                    damage=computed.damage,
-                ),
-                UnitCounts(
-                    samples=self._index.digest_rows(unit.start, unit.stop),
-                    input_bytes=computed.input_bytes,
-                    clipped=computed.clipped,
-                    fits=self._fits,
-                ),
-            )
+        unit, stop = lease.unit, stop or Stop()
+        stop.check_begin()
+        if lease.probe is None:
+            signed = self._store.receipt(unit)
+            if signed is not None:
+                return UnitResult(signed, computed=False)
+        with self.room(unit, stop):
+            clock = Clock(self._device)
+            selection = Selection() if lease.probe is None else _rows_of(unit, *lease.probe)
+            computed = self.compute(unit, selection, poison=lease.poison, clock=clock, stop=stop)
+            if lease.probe is not None:
+                return None
+            return self.write(unit, computed, clock=clock, attempt=lease.attempt)
 
-    def _compute_unit(
-        self, unit: Unit, batches: Iterator[ImageBatch], computer: FeatureComputer, clock: Clock
-    ) -> _Computed:
-        features = {
-            array.name: storage_buffer(
-                array,
-                (self._store.n_cells(array.name), unit.n_rows),
-                pinned=self._device.type == "cuda",
-            )
-            for array in self._store.arrays
-        }
-        computed = _Computed(features)
-        overflowed: list[tuple[str, int, Tensor]] = []
-        meters: dict[str, DamageMeter] = defaultdict(DamageMeter)
-        clip = self._spec.overflow == "clip"
-        for batch in clock.waiting(batches):
-            clock.add("read", batch.read_s)
-            clock.add("decode", batch.decode_s)
-            computed.input_bytes += batch.n_bytes
-            with clock.stage("condition"):
-                told = self._conditions.batch(batch.start, batch.n_rows, len(batch.pixels))
-            invalid = _merged(batch.invalid, told.invalid)
-            computed.invalid.extend(invalid)
-            rows = _valid_positions(batch, invalid)
-            if not rows:
-                continue
-            place = [batch.start - unit.start + row for row in rows]
-            for view, keys in enumerate(noise_keys(batch, self._spec.images)):
-                pixels = batch.of_view(view)
-                for t, captured in computer.compute(pixels, keys, clock, told.conditioning):
-                    with clock.stage("copy"):
-                        for name, x in captured.items():
-                            chosen = x[: batch.n_rows] if len(rows) == batch.n_rows else x[rows]
-                            array = self._store.array(name)
-                            stored, count = to_storage(chosen, array, clip=clip)
-                            overflowed.append((name, t, count))
-                            cell = array.cell(t, view, len(self._store.times))
-                            for part, cast in stored.items():
-                                _copy_rows(features[part][cell], place, cast)
-                            if unit.id == 0 and batch.start == unit.start:
-                                meters[name].add(chosen, from_storage(stored, array))
-        clock.synchronize()
-        computed.clipped = self._check_overflow(unit, overflowed)
-        computed.damage = {
-            name: Damage(relative_rmse=found[0], cosine=found[1])
-            for name, meter in meters.items()
-            if (found := meter.result()) is not None
-        }
-        return computed
-
-    def _check_overflow(
-        self, unit: Unit, counts: Sequence[tuple[str, int, Tensor]]
-    ) -> dict[str, dict[str, int]]:
-        """Clipped values of each array and requested timestep that has any.
+    @contextmanager
+    def room(self, unit: Unit, stop: Stop) -> Iterator[None]:
+        """Hold the memory that the features of a unit take; blocks until it is free.
 
         Raises:
-            FeatureError: if there are any and the spec does not allow clipping.
+            StoppedError: the run was told to stop meanwhile.
         """
-        totals: dict[tuple[str, int], int] = defaultdict(int)
-        for name, t, count in counts:
-            totals[name, t] += int(count)
-        over = {place: n for place, n in totals.items() if n}
-        if over and self._spec.overflow == "error":
-            lines = ", ".join(
-                f"{name} at timestep {self._store.times[t].requested:g}: {n} values"
-                for (name, t), n in over.items()
-            )
-            raise FeatureError(
-                f"unit {unit.id}: {lines} are too large for {self._spec.dtype}; set "
-                "`features.dtype: bfloat16` or float32, or `features.overflow: clip`"
-            )
-        clipped: dict[str, dict[str, int]] = defaultdict(dict)
-        for (name, t), n in over.items():
-            clipped[name][f"{self._store.times[t].requested:g}"] = n
-        return dict(clipped)
+        n_times = len(self._store.times)
+        per_row = sum(a.n_cells(n_times) * a.bytes_per_row for a in self._store.arrays)
+        n_bytes = unit.n_rows * per_row + self._prefetch_bytes
+        with self._budget.reserve(n_bytes, stop.check_begin):
+            yield
+
+    def compute(
+        self,
+        unit: Unit,
+        selection: Selection = WHOLE,
+        *,
+        poison: Sequence[tuple[int, str]] = (),
+        clock: Clock | None = None,
+        stop: Stop | None = None,
+        into: Mapping[str, Tensor] | None = None,
+    ) -> UnitFeatures:
+        """The features of a unit, or of a part of it; nothing is written. Inside `room`.
+
+        Rows of `poison` (row, why) are invalid without being read. `into` has the memory to fill,
+        as `empty_features` makes it. Reading begins at once, computing when a computer is free.
+
+        Raises:
+            as `__call__`.
+        """
+        clock, stop = clock or Clock(self._device), stop or Stop()
+        batches = read_batches(
+            unit,
+            self._index,
+            self._spec.images,
+            batch_size=self._spec.batch_size,
+            n_threads=self._run.decode_threads,
+            prefetch_bytes=self._prefetch_bytes,
+            views=True,
+            rows=selection.rows,
+            skip={row: ImageError("worker", reason) for row, reason in poison},
+        )
+        with closing(batches):
+            first = list(itertools.islice(batches, 1))  # reads while others compute
+            computer = take(self._computers, stop.check_begin)
+            try:
+                work = UnitPass(
+                    self._store,
+                    unit,
+                    computer,
+                    self._conditions,
+                    selection,
+                    clock=clock,
+                    ask=stop.check,
+                    into=into,
+                )
+                return work.run(itertools.chain(first, batches))
+            finally:
+                self._computers.put(computer)
+
+    def write(
+        self, unit: Unit, computed: UnitFeatures, *, clock: Clock, attempt: int = 1
+    ) -> UnitResult:
+        """Write a whole unit and sign it; what another driver signed first stays.
+
+        Raises:
+            FeatureError: values that are not finite.
+            ConflictError: the unit is signed with other content.
+            ObjectError: storage that failed.
+        """
+        run = RunRecord(
+            seconds=clock.seconds(),
+            peak_bytes=_peak_bytes(self._device),
+            host=socket.gethostname(),
+            device=_device_name(self._device),
+            versions=_versions(),
+            attempt=attempt,
+            damage=computed.damage,
+            tars=tar_records(self._index, unit),
+        )
+        counts = UnitCounts(
+            samples=self._index.digest_rows(unit.start, unit.stop),
+            input_bytes=computed.input_bytes,
+            clipped=computed.clipped,
+            fits=self._fits,
+        )
+        features = {name: _as_numpy(x) for name, x in computed.features.items()}
+        receipt = self._store.write(unit, features, computed.invalid, run, counts)
+        return UnitResult(receipt, computed=_is_of(receipt, run))
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """The receipt of a unit, and whether it is of this run or was found in the store."""
+
+    receipt: Receipt
+    computed: bool
+
+
+def _is_of(receipt: Receipt, run: RunRecord) -> bool:
+    """Whether a receipt is of this very attempt: no two measure the same seconds."""
+    seconds = {name: s for name, s in receipt.run.seconds.items() if name != "write"}
+    return (seconds, receipt.run.host) == (run.seconds, run.host)
+
+
+def tar_records(index: SampleIndex, unit: Unit) -> tuple[TarRecord, ...]:
+    """The tars of a unit's rows as they were indexed; `read_batches` refuses others."""
+    numbers = sorted(set(index.slice(unit.start, unit.stop).column("tar").to_pylist()))
+    return tuple(
+        TarRecord(url=redacted(tar.url), size=tar.size, etag=tar.etag)
+        for tar in (index.tars[number] for number in numbers)
+    )
+
+
+def _rows_of(unit: Unit, start: int, stop: int) -> Selection:
+    """Rows `start` to `stop` (exclusive) of the index, as far as they are the unit's."""
+    rows = np.arange(unit.start, unit.stop)
+    return Selection(rows=(rows >= start) & (rows < stop))
 
 
 def make_task(
@@ -287,45 +301,6 @@ def _frozen_taps(backbone: Backbone, store: FeatureStore) -> tuple[ResolvedTap, 
             "Use the library versions that the store's receipts record, or another store."
         )
     return taps
-
-
-@dataclass
-class _Computed:
-    """What computing a unit leaves for the writer; features [t, rows, *shape] on the host."""
-
-    features: dict[str, Tensor]
-    invalid: list[InvalidRow] = field(default_factory=list)
-    input_bytes: int = 0
-    clipped: dict[str, dict[str, int]] = field(default_factory=dict)
-    damage: dict[str, Damage] = field(default_factory=dict)
-
-
-def noise_keys(batch: ImageBatch, images: ImageSpec) -> Iterator[list[str]]:
-    """What the noise of each row is seeded by, for each view: the sample's key, and for views but
-    the image itself also the view's name. Rows past the end have the key ""."""
-    rest = [""] * (len(batch.pixels) - batch.n_rows)
-    for name in images.view_names or ("id",):
-        suffix = "" if name == "id" else f"\x1f{name}"
-        yield [*(f"{key}{suffix}" for key in batch.keys), *rest]
-
-
-def _merged(first: Sequence[InvalidRow], second: Sequence[InvalidRow]) -> list[InvalidRow]:
-    """Each invalid row once, in order of rows; the first reason counts."""
-    rows = {row.row: row for row in (*second, *first)}
-    return [rows[row] for row in sorted(rows)]
-
-
-def _valid_positions(batch: ImageBatch, invalid: Sequence[InvalidRow]) -> list[int]:
-    bad = {row.row - batch.start for row in invalid}
-    return [i for i in range(batch.n_rows) if i not in bad]
-
-
-def _copy_rows(host: Tensor, rows: Sequence[int], x: Tensor) -> None:
-    """host[rows] = x, without waiting for the device where the rows are one run."""
-    if rows[-1] - rows[0] + 1 == len(rows):
-        host[rows[0] : rows[-1] + 1].copy_(x, non_blocking=True)
-    else:
-        host[list(rows)] = x.to(host.device)
 
 
 def _as_numpy(x: Tensor) -> np.ndarray:

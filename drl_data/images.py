@@ -14,11 +14,12 @@ import math
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from drl_data.errors import ImageError, InputError, ObjectNotFoundError
@@ -239,6 +240,8 @@ def read_batches(
     n_threads: int,
     prefetch_bytes: int,
     views: bool = False,
+    rows: npt.NDArray[np.bool_] | None = None,
+    skip: Mapping[int, ImageError] | None = None,
 ) -> Generator[ImageBatch]:
     """The unit's rows in order, `batch_size` at a time, decoded ahead in `n_threads` threads.
 
@@ -248,17 +251,25 @@ def read_batches(
     needs is always fetched. Closing the generator ends its threads. A gzip tar is inflated from its
     beginning for each unit.
 
+    With `rows` [unit.n_rows] only these are read, and batches without any of them are left out; the
+    other rows are zeros, and not listed. Rows in `skip` are listed as invalid with the error given,
+    and neither fetched (but with the rest of a gzip tar) nor decoded.
+
     Raises:
         InputError: if a tar is gone or has changed since it was indexed.
         ObjectError: if a read fails.
     """
     if not views:
         spec = spec.model_copy(update={"views": ()})
-    reader = _UnitReader(unit, index, spec, batch_size, n_threads, prefetch_bytes)
+    chosen = np.ones(unit.n_rows, np.bool_) if rows is None else rows
+    reader = _UnitReader(
+        unit, index, spec, batch_size, n_threads, prefetch_bytes, chosen, dict(skip or {})
+    )
     try:
         reader.check_tars()
-        for start in range(unit.start, unit.stop, batch_size):
-            yield reader.batch(start)
+        for at in range(0, unit.n_rows, batch_size):
+            if chosen[at : at + batch_size].any():
+                yield reader.batch(unit.start + at)
     finally:
         reader.close()
 
@@ -307,8 +318,11 @@ class _UnitReader:
         batch_size: int,
         n_threads: int,
         prefetch_bytes: int,
+        chosen: npt.NDArray[np.bool_],
+        skip: Mapping[int, ImageError],
     ) -> None:
         self._unit, self._spec, self._batch_size = unit, spec, batch_size
+        self._chosen, self._skip = chosen, skip
         axis = [spec.n_views] if spec.views else []
         self._row_shape = (*axis, *spec.shape)
         rows = index.slice(unit.start, unit.stop)
@@ -320,10 +334,11 @@ class _UnitReader:
             for i, (tar, offset, size) in enumerate(
                 zip(tars, *(rows.column(n).to_pylist() for n in ("offset", "size")), strict=True)
             )
-            if self._reasons[i] is None
+            if chosen[i] and self._reasons[i] is None and unit.start + i not in skip
         ]
-        self._spans = deque(_cut_spans(places, min(MAX_SPAN_BYTES, prefetch_bytes // 4)))
-        self._tars = {tar: _OpenTar(index.tars[tar]) for tar in sorted(set(tars))}
+        self._spans = deque(_cut_spans(places, min(MAX_SPAN_BYTES, prefetch_bytes // 4), skip))
+        read_from = sorted({tar for tar, is_read in zip(tars, chosen, strict=True) if is_read})
+        self._tars = {tar: _OpenTar(index.tars[tar]) for tar in read_from}
         self._budget, self._in_flight = prefetch_bytes, 0
         self._costs: deque[tuple[int, int]] = deque()  # (last row, bytes) of spans in flight
         self._pixels: dict[int, np.ndarray] = {}
@@ -352,8 +367,14 @@ class _UnitReader:
         )  # fmt: skip
         for row in range(start, stop):
             key, reason = keys[row - start], self._reasons[row - self._unit.start]
+            if not self._chosen[row - self._unit.start]:
+                continue
             if reason is not None:
                 batch.invalid.append(InvalidRow(row, key, "index", reason))
+                continue
+            if row in self._skip:
+                error = self._skip[row]
+                batch.invalid.append(InvalidRow(row, key, error.stage, error.reason))
                 continue
             done = self._decoded.pop(row).result()
             batch.n_bytes += done.n_bytes
@@ -392,8 +413,11 @@ class _UnitReader:
         return self._pixels[start]
 
 
-def _cut_spans(places: list[tuple[int, _Place]], max_bytes: int) -> Iterator[_Span]:
-    """Runs of images in one tar with small gaps, each within `max_bytes` or a single image."""
+def _cut_spans(
+    places: list[tuple[int, _Place]], max_bytes: int, apart: Collection[int] = ()
+) -> Iterator[_Span]:
+    """Runs of images in one tar with small gaps, each within `max_bytes` or a single image; none
+    reaches over the rows `apart`."""
     span: _Span | None = None
     for tar, place in places:
         if (
@@ -401,6 +425,7 @@ def _cut_spans(places: list[tuple[int, _Place]], max_bytes: int) -> Iterator[_Sp
             or span.tar != tar
             or place.offset - span.stop > MAX_GAP_BYTES
             or place.offset + place.size - span.start > max_bytes
+            or any(span.places[-1].row < row < place.row for row in apart)
         ):
             if span is not None:
                 yield span

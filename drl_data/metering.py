@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
+
+ASK_S = 0.2
+"""How often who waits asks whether waiting still has a point."""
+
+
+def nothing() -> None:
+    """What is asked by who waits for as long as it takes."""
+
+
+def take(items: queue.SimpleQueue[T], ask: Callable[[], None] = nothing) -> T:
+    """The next item; `ask` is called now and then while there is none, and may raise."""
+    while True:
+        ask()
+        try:
+            return items.get(timeout=ASK_S)
+        except queue.Empty:
+            continue
 
 
 class ByteBudget:
@@ -23,11 +41,17 @@ class ByteBudget:
         self._changed = threading.Condition()
 
     @contextmanager
-    def reserve(self, n_bytes: int) -> Iterator[None]:
-        """Hold `n_bytes` of the budget; blocks until they are free."""
+    def reserve(self, n_bytes: int, ask: Callable[[], None] = nothing) -> Iterator[None]:
+        """Hold `n_bytes` of the budget; blocks until they are free.
+
+        `ask` is called now and then meanwhile, and may raise.
+        """
         n_bytes = min(n_bytes, self._total)
         with self._changed:
-            self._changed.wait_for(lambda: self._used + n_bytes <= self._total)
+            while not self._changed.wait_for(
+                lambda: self._used + n_bytes <= self._total, timeout=ASK_S
+            ):
+                ask()
             self._used += n_bytes
         try:
             yield

@@ -19,14 +19,13 @@ from drl_data.conditions import extremes
 from drl_data.diffusion_spec import ConditionSpec, ScheduleSpec
 from drl_data.errors import SpecError
 from drl_data.executors import Outcome, run_local, run_ray
-from drl_data.extract import condition_files, make_task
+from drl_data.extract import UnitResult, condition_files, make_task
 from drl_data.flops import FeatureFlops
 from drl_data.index import SampleIndex, build_index, is_current
 from drl_data.noise_bank import by_content, read_bank
 from drl_data.pipeline import Pipeline, StoreSpec
 from drl_data.plan import Unit, auto_rows_per_unit, select_units
 from drl_data.progress import SILENT, Progress
-from drl_data.receipts import Receipt
 from drl_data.resolve import count_feature_flops, resolve_features
 from drl_data.spec import ArraySpec, BackboneSpec, FeatureSpec, ResolvedTime
 from drl_data.store import FeatureStore
@@ -69,6 +68,8 @@ class RunSummary:
     n_ok: int = 0
     n_invalid: int = 0
     n_bytes: int = 0
+    n_found: int = 0
+    """Units that another run signed while this one ran."""
     wall_s: float = 0.0
     stage_s: Counter[str] = field(default_factory=Counter)
     failed: list[tuple[Unit, str]] = field(default_factory=list)
@@ -256,7 +257,7 @@ def extract(
     return summary
 
 
-def run(pipeline: Pipeline, units: Sequence[Unit]) -> Iterator[Outcome[Receipt]]:
+def run(pipeline: Pipeline, units: Sequence[Unit]) -> Iterator[Outcome[UnitResult | None]]:
     """Hand the units to the executor that `pipeline.run` names."""
     backbone, _, store_spec = required_sections(pipeline)
     settings = pipeline.run
@@ -302,11 +303,15 @@ def required_sections(pipeline: Pipeline) -> tuple[BackboneSpec, ScheduleSpec, S
     return backbone, schedule, store
 
 
-def _add(summary: RunSummary, outcome: Outcome[Receipt]) -> None:
-    receipt = outcome.result
-    if receipt is None:
+def _add(summary: RunSummary, outcome: Outcome[UnitResult | None]) -> None:
+    """Count one unit; the receipt itself is not kept."""
+    if outcome.result is None:
         summary.failed.append((outcome.unit, outcome.error or "unknown"))
         return
+    if not outcome.result.computed:
+        summary.n_found += 1
+        return
+    receipt = outcome.result.receipt
     summary.n_ok += receipt.n_ok
     summary.n_invalid += receipt.n_invalid
     summary.n_bytes += sum(record.n_bytes for record in receipt.objects)
