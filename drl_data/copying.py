@@ -37,7 +37,7 @@ class DamagedError(StoreError):
 
     def __init__(self, url: str, path: str, what: str) -> None:
         super().__init__(f"{url}/{path}: {what}; `drl verify --deep {url}` lists what else is")
-        self.path = path
+        self.url, self.path = url, path
 
 
 def check_size(source: Folder, record: ObjectRecord) -> None:

@@ -33,7 +33,7 @@ from drl_data.metering import ByteBudget, Clock, take
 from drl_data.noise_bank import bank_digest, read_bank
 from drl_data.pipeline import RunSpec
 from drl_data.plan import Lease, Unit
-from drl_data.receipts import Receipt, RunRecord, TarRecord, UnitCounts
+from drl_data.receipts import Damage, Receipt, RunRecord, TarRecord, UnitCounts
 from drl_data.spec import BackboneSpec
 from drl_data.spec_base import file_digest
 from drl_data.stopping import Stop
@@ -62,7 +62,8 @@ class ExtractTask:
     ) -> None:
         self._store = store
         self._conditions = conditions
-        self._fits = dict(fits or {})
+        self.fits = dict(fits or {})
+        """Array -> CRC-32C of the fitted reduction that it is reduced by."""
         self._spec = store.spec
         self._index = store.index
         self._run = run
@@ -170,25 +171,21 @@ class ExtractTask:
             ConflictError: the unit is signed with other content.
             ObjectError: storage that failed.
         """
-        run = RunRecord(
-            seconds=clock.seconds(),
-            peak_bytes=_peak_bytes(self._device),
-            host=socket.gethostname(),
-            device=_device_name(self._device),
-            versions=_versions(),
-            attempt=attempt,
-            damage=computed.damage,
-            tars=tar_records(self._index, unit),
-        )
+        run = run_record(self._index, unit, self._device, clock, computed.damage, attempt)
         counts = UnitCounts(
             samples=self._index.digest_rows(unit.start, unit.stop),
             input_bytes=computed.input_bytes,
             clipped=computed.clipped,
-            fits=self._fits,
+            fits=self.fits,
         )
-        features = {name: _as_numpy(x) for name, x in computed.features.items()}
+        features = {name: as_numpy(x) for name, x in computed.features.items()}
         receipt = self._store.write(unit, features, computed.invalid, run, counts)
-        return UnitResult(receipt, computed=_is_of(receipt, run))
+        return UnitResult(receipt, computed=is_of(receipt, run))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone is."""
+        return self._device
 
 
 @dataclass(frozen=True)
@@ -199,10 +196,31 @@ class UnitResult:
     computed: bool
 
 
-def _is_of(receipt: Receipt, run: RunRecord) -> bool:
+def is_of(receipt: Receipt, run: RunRecord) -> bool:
     """Whether a receipt is of this very attempt: no two measure the same seconds."""
     seconds = {name: s for name, s in receipt.run.seconds.items() if name != "write"}
     return (seconds, receipt.run.host) == (run.seconds, run.host)
+
+
+def run_record(
+    index: SampleIndex,
+    unit: Unit,
+    device: torch.device,
+    clock: Clock,
+    damage: Mapping[str, Damage],
+    attempt: int,
+) -> RunRecord:
+    """How a unit was computed, here and now."""
+    return RunRecord(
+        seconds=clock.seconds(),
+        peak_bytes=_peak_bytes(device),
+        host=socket.gethostname(),
+        device=_device_name(device),
+        versions=_versions(),
+        attempt=attempt,
+        damage=dict(damage),
+        tars=tar_records(index, unit),
+    )
 
 
 def tar_records(index: SampleIndex, unit: Unit) -> tuple[TarRecord, ...]:
@@ -303,7 +321,8 @@ def _frozen_taps(backbone: Backbone, store: FeatureStore) -> tuple[ResolvedTap, 
     return taps
 
 
-def _as_numpy(x: Tensor) -> np.ndarray:
+def as_numpy(x: Tensor) -> np.ndarray:
+    """The same memory as the store takes it: bfloat16 as its bits."""
     return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 

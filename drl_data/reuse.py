@@ -34,6 +34,8 @@ from drl_data.taps import array_suffix, glob_to_regex, parse
 Cell = tuple[str, int]
 """An array and one of its shards of a unit: a timestep of a view."""
 
+_BETWEEN = pa.scalar("\n", pa.large_string())
+
 Rows = npt.NDArray[np.int64]
 
 
@@ -112,7 +114,7 @@ def match_rows(spec: FeatureSpec, new: SampleIndex, old: SampleIndex) -> Rows:
     mine, theirs = (
         pc.if_else(
             pc.is_in(names, value_set=repeated),
-            pc.binary_join_element_wise(names, _places(index), "\n"),
+            pc.binary_join_element_wise(names, _places(index), _BETWEEN),
             names,
         )
         for names, index in ((mine, new), (theirs, old))
@@ -137,7 +139,7 @@ def _identities(index: SampleIndex, spec: FeatureSpec) -> pa.Array:
         for whole in [column.cast(pa.large_string())]
         for text in (pc.binary_length(whole).cast(pa.large_string()).fill_null("-"), whole)
     ]
-    joined = pc.binary_join_element_wise(*(text.fill_null("") for text in texts), "\n")
+    joined = pc.binary_join_element_wise(*(text.fill_null("") for text in texts), _BETWEEN)
     return _one_chunk(joined)
 
 
@@ -154,7 +156,7 @@ def _places(index: SampleIndex) -> pa.Array:
     tars = pa.array([f"{tar.size}/{tar.etag}" for tar in index.tars], pa.large_string())
     of_rows = _one_chunk(pc.take(tars, index.table.column("tar")))
     offsets = _one_chunk(index.table.column("offset").cast(pa.large_string()))
-    return pc.binary_join_element_wise(of_rows, offsets, "@")
+    return pc.binary_join_element_wise(of_rows, offsets, _BETWEEN)
 
 
 def _repeated(names: pa.Array) -> pa.Array:
@@ -297,9 +299,7 @@ def same_noise(
     return torch.equal(mine[rows], theirs[rows])
 
 
-def reductions(
-    spec: FeatureSpec, arrays: Sequence[ArraySpec]
-) -> dict[str, tuple[str, ...] | None]:
+def reductions(spec: FeatureSpec, arrays: Sequence[ArraySpec]) -> dict[str, tuple[str, ...] | None]:
     """What is done to the tensor of each feature array, known by the names of the arrays: those
     that their taps give, or those of the modules that match. None where several taps may be meant.
     """

@@ -26,6 +26,8 @@ from drl_data.store import FeatureStore
 
 log = logging.getLogger(__name__)
 
+NONE = NonFinite()
+
 Mask = npt.NDArray[np.bool_]
 """Which rows of a unit, [unit.n_rows]."""
 
@@ -40,9 +42,13 @@ worker nobody wants to know again. Others (features that cannot be stored) depen
 class Source:
     """An old store, and what it has of a new one; used by several threads."""
 
-    def __init__(self, store: FeatureStore, matches: Matches) -> None:
+    def __init__(
+        self, store: FeatureStore, matches: Matches, fits: Mapping[str, int] | None = None
+    ) -> None:
+        """`fits`: fitted array of the old store -> CRC-32C of the fit that it is reused with."""
         self.store = store
         self.matches = matches
+        self.fits = dict(fits or {})
         self.damaged: set[str] = set()
         """Paths of objects that are not what their receipts say."""
         self._checked: set[str] = set()
@@ -114,13 +120,10 @@ class Source:
     def _count_at_limit(self, unit: Unit, place: Place) -> npt.NDArray[np.int64]:
         array = self.store.array(place[0])
         every = np.arange(unit.n_rows)
-        return np.sum(
-            [
-                at_limit(self.rows(unit, array.name, cell, every), array.dtype)
-                for cell in cells_of(array, place[1], len(self.store.times))
-            ],
-            axis=0,
-        )
+        found = np.zeros(unit.n_rows, np.int64)
+        for cell in cells_of(array, place[1], len(self.store.times)):
+            found += at_limit(self.rows(unit, array.name, cell, every), array.dtype)
+        return found
 
 
 def cells_of(array: ArraySpec, entry: int, n_timesteps: int) -> list[int]:
@@ -142,7 +145,7 @@ def label(spec: FeatureSpec, times: Sequence[ResolvedTime], array: ArraySpec, en
     return f"{requested[entry]:g}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Share:
     """The rows of a unit that one unit of an old store has."""
 
@@ -160,7 +163,7 @@ class Share:
     """Whether everything that was counted in the old unit is about rows that are reused."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Piece:
     """Rows of a place that are taken from one share."""
 
@@ -169,7 +172,7 @@ class Piece:
     from_place: Place
     mask: Mask
     clipped: int = 0
-    non_finite: NonFinite = NonFinite()
+    non_finite: NonFinite = NONE
 
 
 @dataclass(frozen=True)
@@ -287,13 +290,15 @@ def _piece(
             if old_store.layouts[name].path(name, at, share.unit.id) in share.source.damaged:
                 return None
     counts = share.receipt.counts
+    if old_name in share.source.fits and counts.fits.get(old_name) != share.source.fits[old_name]:
+        return None
     of_old = label(old_store.spec, old_store.times, old_array, old_cell)
     clipped = counts.clipped.get(old_name, {}).get(of_old, 0)
-    non_finite = counts.non_finite.get(old_name, {}).get(of_old, NonFinite())
+    non_finite = counts.non_finite.get(old_name, {}).get(of_old, NONE)
     is_whole = share.whole and bool((mask == share.mask).all())
-    if is_whole or (not clipped and non_finite == NonFinite()):
+    if is_whole or (not clipped and non_finite == NONE):
         return Piece(share, place, from_place, mask, clipped, non_finite)
-    if clipped and store.spec.overflow == "clip" and non_finite == NonFinite():
+    if clipped and store.spec.overflow == "clip" and non_finite == NONE:
         per_row = share.source.at_limit(share.unit, from_place)
         mine = np.where(mask, per_row[share.old], 0)
         if int(per_row.sum()) == clipped:
@@ -303,8 +308,8 @@ def _piece(
             return Piece(share, place, from_place, mask) if mask.any() else None
     if keep_invalid:  # nothing may be computed: at least the sum over the store stays
         counted = bool((share.old == 0).any())
-        here = (clipped, non_finite) if counted else (0, NonFinite())
+        here = (clipped, non_finite) if counted else (0, NONE)
         return Piece(share, place, from_place, mask, *here)
-    if non_finite != NonFinite() and store.spec.non_finite == "clip":
+    if non_finite != NONE and store.spec.non_finite == "clip":
         return None  # a zero that was NaN looks like any other
     return Piece(share, place, from_place, mask)  # what was counted is of rows that are invalid

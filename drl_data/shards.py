@@ -199,7 +199,7 @@ _LARGEST_BITS: Mapping[StorageDType, int] = {
     "float8_e4m3fn": 0x7E,
     "float8_e5m2": 0x7B,
 }
-"""The largest finite value of each type, without its sign."""
+"""Bits of the largest finite value of each type."""
 
 
 def at_limit(rows: Array, dtype: StorageDType) -> npt.NDArray[np.int64]:
@@ -208,5 +208,7 @@ def at_limit(rows: Array, dtype: StorageDType) -> npt.NDArray[np.int64]:
         return np.zeros(len(rows), np.int64)
     kind = _bits_type(dtype)
     bits = np.ascontiguousarray(rows).reshape(len(rows), -1).view(kind)
-    sign = kind.type(1 << (8 * kind.itemsize - 1))
-    return np.count_nonzero((bits | sign) == (_LARGEST_BITS[dtype] | int(sign)), axis=1)
+    largest = _LARGEST_BITS[dtype]
+    either = np.array([largest, largest | 1 << (8 * kind.itemsize - 1)], kind)
+    found: npt.NDArray[np.int64] = np.isin(bits, either).sum(axis=1, dtype=np.int64)
+    return found

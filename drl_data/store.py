@@ -10,7 +10,7 @@ The store takes and returns NumPy arrays; bfloat16 features travel as their uint
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -247,6 +247,7 @@ class FeatureStore:
         invalid: Sequence[InvalidRow],
         run: RunRecord,
         counts: UnitCounts = NO_COUNTS,
+        present: Sequence[ObjectRecord] = (),
     ) -> Receipt:
         """Write one whole unit and sign it; the first signature wins.
 
@@ -255,7 +256,9 @@ class FeatureStore:
         the first view, then of the next. Rows listed in
         `invalid` are stored as NaN (0 in integers) whatever is passed for them. All is
         checked before the first byte is written. A unit that is signed already is not written
-        again. The receipt returned is the one in the store.
+        again. The receipt returned is the one in the store. `present` are shards that are there
+        already (copies.py): they are signed as they are said to be, what `features` has in their
+        place means nothing, and an array that is there altogether may be left out.
 
         Raises:
             AlignmentError: the unit is not one of `units`.
@@ -266,12 +269,20 @@ class FeatureStore:
         self._check_unit(unit)
         invalid = sorted(invalid, key=lambda row: row.row)
         holes = self._check_invalid(unit, invalid)
-        self._check_features(unit, features, holes)
+        there = {record.path: record for record in present}
+        self._check_features(unit, features, holes, there.keys())
         objects: dict[str, list[Buffer]] = {
             path: self.layouts[name].parts(features[name][cell], holes)
             for name, cell, path in self.shards(unit)
+            if path not in there
         }
-        objects[f"valid/c/{unit.id}"] = [self.valid_chunk(unit, invalid)]
+        valid = f"valid/c/{unit.id}"
+        objects[valid] = [self.valid_chunk(unit, invalid)]
+        written = {
+            path: ObjectRecord(path=path, n_bytes=_n_bytes(parts), crc32c=crc32c(parts))
+            for path, parts in objects.items()
+        }
+        paths = [*(path for _, _, path in self.shards(unit)), valid]
         receipt = Receipt(
             fingerprint=self.fingerprint,
             unit=unit.id,
@@ -281,10 +292,7 @@ class FeatureStore:
             n_invalid=len(holes),
             invalid=tuple(invalid),
             counts=counts,
-            objects=tuple(
-                ObjectRecord(path=path, n_bytes=_n_bytes(parts), crc32c=crc32c(parts))
-                for path, parts in objects.items()
-            ),
+            objects=tuple(there.get(path) or written[path] for path in paths),
             run=run,
         )
         signed = self.receipt(unit)
@@ -346,10 +354,15 @@ class FeatureStore:
         return holes
 
     def _check_features(
-        self, unit: Unit, features: Mapping[str, Array], holes: Sequence[int]
+        self,
+        unit: Unit,
+        features: Mapping[str, Array],
+        holes: Sequence[int],
+        present: Collection[str],
     ) -> None:
-        if features.keys() != self._by_name.keys():
-            missing = sorted(self._by_name.keys() - features.keys())
+        wanted = {name for name, _, path in self.shards(unit) if path not in present}
+        if not wanted <= features.keys() <= self._by_name.keys():
+            missing = sorted(wanted - features.keys())
             unknown = sorted(features.keys() - self._by_name.keys())
             raise FeatureError(
                 f"{self._place(unit)}: arrays missing {missing}, unknown {unknown}; want exactly "
@@ -363,9 +376,10 @@ class FeatureStore:
                     f"{self._place(unit)}, tap {name!r}: {array.dtype.name} {array.shape}, want "
                     f"{layout.stored.name} {want} (timestep, row, ...)"
                 )
-        for name, array in features.items():
-            for cell in range(self.n_cells(name)):
-                bad = np.setdiff1d(non_finite_rows(array[cell], self.layouts[name].dtype), holes)
+        for name, cell, path in self.shards(unit):
+            if path not in present:
+                array = features[name][cell]
+                bad = np.setdiff1d(non_finite_rows(array, self.layouts[name].dtype), holes)
                 if bad.size:
                     row = unit.start + int(bad[0])
                     raise FeatureError(

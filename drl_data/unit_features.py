@@ -23,7 +23,7 @@ from drl_data.images import ImageBatch
 from drl_data.metering import Clock
 from drl_data.plan import InvalidRow, Unit
 from drl_data.quantise import DamageMeter, from_storage, storage_buffer, to_storage
-from drl_data.receipts import Damage
+from drl_data.receipts import Damage, NonFinite
 from drl_data.spec import ImageSpec
 from drl_data.store import FeatureStore
 from drl_data.tap_reducer import TapTimes
@@ -54,6 +54,7 @@ class UnitFeatures:
     """Rows without features, of those that were asked for, in increasing order."""
     input_bytes: int = 0
     clipped: dict[str, dict[str, int]] = field(default_factory=dict)
+    non_finite: dict[str, dict[str, NonFinite]] = field(default_factory=dict)
     damage: dict[str, Damage] = field(default_factory=dict)
 
 
