@@ -299,27 +299,40 @@ def same_noise(
     return torch.equal(mine[rows], theirs[rows])
 
 
-def reductions(spec: FeatureSpec, arrays: Sequence[ArraySpec]) -> dict[str, tuple[str, ...] | None]:
-    """What is done to the tensor of each feature array, known by the names of the arrays: those
-    that their taps give, or those of the modules that match. None where several taps may be meant.
+def reductions(
+    spec: FeatureSpec, arrays: Sequence[ArraySpec]
+) -> dict[str, tuple[str, ...] | None]:
+    """What is done to the tensor of each feature array; None where several taps may be meant."""
+    found = taps_of(spec, arrays)
+    return {
+        name: taps[0].reduce if len({tap.reduce for tap in taps}) == 1 else None
+        for name, taps in found.items()
+    }
+
+
+def taps_of(spec: FeatureSpec, arrays: Sequence[ArraySpec]) -> dict[str, list[TapSpec]]:
+    """The tap that gives each feature array, or those of which it may be any.
+
+    Known by the names of the arrays: those that their taps say, or those of the modules that match.
     """
-    taps = [translated(tap) for tap in spec.taps]
-    named = {tap.name: tap for tap in taps if tap.name is not None}
-    unnamed = [(tap, *_naming(tap)) for tap in taps if tap.name is None]
-    found: dict[str, tuple[str, ...] | None] = {}
+    taps = [(tap, translated(tap)) for tap in spec.taps]
+    named = {own.name: tap for tap, own in taps if own.name is not None}
+    unnamed = [(tap, *_naming(own)) for tap, own in taps if own.name is None]
+    found: dict[str, list[TapSpec]] = {}
     for array in arrays:
         if array.quantises is not None:
             continue
-        fitting = [(named[array.name], "")] if array.name in named else [
+        if array.name in named:
+            found[array.name] = [named[array.name]]
+            continue
+        fitting = [
             (tap, suffix)
             for tap, module, suffix in unnamed
-            if array.name.endswith(suffix)
-            and module.fullmatch(array.name.removesuffix(suffix))
-        ]  # fmt: skip
+            if array.name.endswith(suffix) and module.fullmatch(array.name.removesuffix(suffix))
+        ]
         # The name of a module may end like the suffix of a site; hardly the other way round.
         longest = max((len(suffix) for _, suffix in fitting), default=0)
-        reduce = {tap.reduce for tap, suffix in fitting if len(suffix) == longest}
-        found[array.name] = reduce.pop() if len(reduce) == 1 else None
+        found[array.name] = [tap for tap, suffix in fitting if len(suffix) == longest]
     return found
 
 
