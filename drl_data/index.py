@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from pydantic import JsonValue
 
 from drl_data.errors import InputError, ObjectNotFoundError
-from drl_data.objects import Folder, open_parent
+from drl_data.objects import Buffer, Folder, open_parent
 from drl_data.progress import SILENT, Progress
 from drl_data.spec import DatasetSpec
 from drl_data.spec_base import canonical_json
@@ -121,8 +121,8 @@ class SampleIndex:
             total.update(name.encode() + _column_digest(rows.column(name)))
         return total.hexdigest()
 
-    def save(self, url: str) -> None:
-        """Write as one Parquet file; tars, label names and the dataset are in its metadata."""
+    def to_parquet(self) -> memoryview:
+        """One Parquet file; tars, label names and the dataset are in its metadata."""
         about: JsonValue = {
             "format": INDEX_FORMAT,
             "tars": [asdict(tar) for tar in self.tars],
@@ -132,8 +132,12 @@ class SampleIndex:
         buffer = pa.BufferOutputStream()
         table = self.table.replace_schema_metadata({b"drl_data": canonical_json(about)})
         pq.write_table(table, buffer, compression="zstd")
+        return memoryview(buffer.getvalue())
+
+    def save(self, url: str) -> None:
+        """Write `to_parquet` at a path or URL."""
         folder, name = open_parent(url)
-        folder.put(name, [memoryview(buffer.getvalue())])
+        folder.put(name, [self.to_parquet()])
 
     @staticmethod
     def load(url: str) -> SampleIndex:
@@ -144,26 +148,40 @@ class SampleIndex:
         """
         folder, name = open_parent(url)
         try:
-            table = pq.read_table(pa.BufferReader(folder.get(name)))
+            data = folder.get(name)
         except ObjectNotFoundError as error:
             raise InputError(f"{url}: no such index; make one with `drl index`") from error
-        except pa.ArrowInvalid as error:
+        return SampleIndex.from_parquet(data, url)
+
+    @staticmethod
+    def from_parquet(data: Buffer, place: str) -> SampleIndex:
+        """Parse `to_parquet`; `place` names it in errors.
+
+        Raises:
+            InputError: if it is not an index of this version, or damaged.
+        """
+        try:
+            table = pq.read_table(pa.BufferReader(data))
+            about = json.loads((table.schema.metadata or {}).get(b"drl_data", b"{}"))
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise InputError(
-                f"{url}: not a Parquet file ({error}); index the tars again"
+                f"{place}: not a Parquet file ({error}); index the tars again"
             ) from error
-        about = json.loads((table.schema.metadata or {}).get(b"drl_data", b"{}"))
         if about.get("format") != INDEX_FORMAT:
             raise InputError(
-                f"{url}: index format {about.get('format')}, want {INDEX_FORMAT}; index the tars "
+                f"{place}: index format {about.get('format')}, want {INDEX_FORMAT}; index the tars "
                 "again"
             )
-        names = about["label_names"]
-        return SampleIndex(
-            table.replace_schema_metadata(None),
-            tuple(TarInfo(**tar) for tar in about["tars"]),
-            None if names is None else tuple(names),
-            DatasetSpec.model_validate(about["dataset"]),
-        )
+        try:
+            names = about["label_names"]
+            return SampleIndex(
+                table.replace_schema_metadata(None).select(_SCHEMA.names),
+                tuple(TarInfo(**tar) for tar in about["tars"]),
+                None if names is None else tuple(names),
+                DatasetSpec.model_validate(about["dataset"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{place}: damaged index ({error!r}); index the tars again") from error
 
     def _label_json(self) -> JsonValue:
         return None if self.label_names is None else list(self.label_names)

@@ -1,6 +1,6 @@
 """Bytes at a URL: one small interface over the local disk, object storage and fsspec.
 
-    LocalFolder     file paths: positioned reads, atomic writes (rename, hard link for create)
+    LocalFolder     file paths: positioned reads, atomic writes (rename; exclusive.py for create)
     ObstoreFolder   s3:// gs:// az:// http(s)://: obstore carries the bytes
     FsspecFolder    every other URL that fsspec knows (memory://, hdfs://, sftp:// ...)
 
@@ -29,6 +29,7 @@ from obstore.exceptions import AlreadyExistsError, NotFoundError, PreconditionEr
 from obstore.store import HTTPStore, S3Store, from_url
 
 from drl_data.errors import ForkError, ObjectError, ObjectNotFoundError
+from drl_data.exclusive import place_if_absent
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, ObjectStore, S3Config, S3Credential
@@ -126,11 +127,7 @@ class LocalFolder:
     def put_if_absent(self, path: str, parts: Sequence[Buffer]) -> bool:
         target = self.root / path
         with _local_errors(target), self._temporary(target, parts) as name:
-            try:
-                os.link(name, target)
-            except FileExistsError:
-                return False
-        return True
+            return place_if_absent(name, target)
 
     @contextlib.contextmanager
     def _temporary(self, target: Path, parts: Sequence[Buffer]) -> Iterator[str]:

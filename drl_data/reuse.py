@@ -299,9 +299,7 @@ def same_noise(
     return torch.equal(mine[rows], theirs[rows])
 
 
-def reductions(
-    spec: FeatureSpec, arrays: Sequence[ArraySpec]
-) -> dict[str, tuple[str, ...] | None]:
+def reductions(spec: FeatureSpec, arrays: Sequence[ArraySpec]) -> dict[str, tuple[str, ...] | None]:
     """What is done to the tensor of each feature array; None where several taps may be meant."""
     found = taps_of(spec, arrays)
     return {
