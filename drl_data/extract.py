@@ -176,6 +176,7 @@ class ExtractTask:
             samples=self._index.digest_rows(unit.start, unit.stop),
             input_bytes=computed.input_bytes,
             clipped=computed.clipped,
+            non_finite=computed.non_finite,
             fits=self.fits,
         )
         features = {name: as_numpy(x) for name, x in computed.features.items()}

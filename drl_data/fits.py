@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import safetensors.numpy
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from drl_data.conditions import SampleConditions
 from drl_data.errors import FeatureError, InputError, ObjectNotFoundError, StoreError
@@ -111,14 +113,29 @@ def _fit(
                 if n_seen >= n_wanted[name]:
                     continue
                 channel = partial.dims[name].index("channel") + 1
-                vectors = x[rows].movedim(channel, -1).flatten(0, -2)
+                kept = _finite_rows(x[rows], store.spec.non_finite)
+                if not len(kept):
+                    continue
+                vectors = kept.movedim(channel, -1).flatten(0, -2)
                 new = Moments.of(vectors, covariance=True)
                 place = (name, store.array(name).cell(t, 0, len(store.times)))
                 moments[place] = moments[place].merged(new) if place in moments else new
         n_seen += len(rows)
     if not moments:
         raise InputError(f"{store.url}: none of the images to fit on can be read")
+    for tap in taps:
+        for t in range(store.n_times(tap.name)):
+            if (tap.name, t) not in moments:
+                raise FeatureError(
+                    f"{store.url}, tap {tap.name!r}: no sample to fit on has finite features at "
+                    "every timestep; compute in another precision (`backbone.dtype: float32`)"
+                )
     return {tap.name: _solved(store, tap, settings[tap.name][1], moments) for tap in taps}
+
+
+def _finite_rows(x: Tensor, policy: Literal["error", "clip", "invalid"]) -> Tensor:
+    """Features [b, ...] without the rows that are not finite, unless that is an error later."""
+    return x if policy == "error" else x[torch.isfinite(x).flatten(1).all(1)]
 
 
 def _spread_batches(store: FeatureStore, n_samples: int, run: RunSpec) -> Iterator[ImageBatch]:
@@ -154,7 +171,11 @@ def _solved(
                 "on; want more vectors than components: fit on more samples, pca(K, N)"
             )
         if not torch.isfinite(found.deviation).all():
-            raise FeatureError(f"{store.url}, tap {name!r}: features to fit on are not finite")
+            raise FeatureError(
+                f"{store.url}, tap {name!r}: features to fit on are not finite; compute in another "
+                "precision (`backbone.dtype: bfloat16` or float32), or set `features.non_finite: "
+                "invalid` or clip, and such rows are left out of the fit"
+            )
         components, variances = found.principal(k)
         values = {
             "mean": found.mean,

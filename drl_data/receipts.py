@@ -100,9 +100,11 @@ class UnitCounts(Spec):
     input_bytes: Count = 0
     """Bytes of the images, compressed."""
     clipped: dict[str, dict[str, Count]] = Field(default_factory=dict)
-    """Array -> requested timestep -> finite values that the storage type could not hold."""
+    """Array -> requested timestep -> finite values that the storage type could not hold; an array
+    that has one entry for all timesteps counts under `any`. Over all views; also of rows that are
+    invalid for it."""
     non_finite: dict[str, dict[str, NonFinite]] = Field(default_factory=dict)
-    """Array -> requested timestep -> values that were NaN or infinite as computed."""
+    """Likewise, values that were NaN or infinite as computed."""
     fits: dict[str, Count] = Field(default_factory=dict)
     """Array -> CRC-32C of the fitted reduction that it was reduced by."""
 

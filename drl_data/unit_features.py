@@ -17,10 +17,10 @@ import numpy.typing as npt
 from torch import Tensor
 
 from drl_data.conditions import SampleConditions
-from drl_data.errors import FeatureError
 from drl_data.features import FeatureComputer
 from drl_data.images import ImageBatch
 from drl_data.metering import Clock
+from drl_data.numerics import NumericCounts
 from drl_data.plan import InvalidRow, Unit
 from drl_data.quantise import DamageMeter, from_storage, storage_buffer, to_storage
 from drl_data.receipts import Damage, NonFinite
@@ -55,6 +55,7 @@ class UnitFeatures:
     input_bytes: int = 0
     clipped: dict[str, dict[str, int]] = field(default_factory=dict)
     non_finite: dict[str, dict[str, NonFinite]] = field(default_factory=dict)
+    """Both as `UnitCounts` has them; of the rows that were computed."""
     damage: dict[str, Damage] = field(default_factory=dict)
 
 
@@ -89,20 +90,23 @@ class UnitPass:
         pinned = computer.backbone.device.type == "cuda"
         made = empty_features(store, unit, pinned=pinned) if into is None else dict(into)
         self._out = UnitFeatures(made)
-        self._overflowed: list[tuple[str, int, Tensor]] = []
+        self._counts = NumericCounts(store, unit, pinned=pinned)
         self._meters: dict[str, DamageMeter] = defaultdict(DamageMeter)
 
     def run(self, batches: Iterator[ImageBatch]) -> UnitFeatures:
         """Compute what was asked for of all batches.
 
         Raises:
-            FeatureError: features past the storage dtype's range with `overflow: error`.
+            FeatureError: features not finite, or past the range of their type, where the spec says
+                that this is an error.
         """
         for batch in self._clock.waiting(batches):
             self._ask()
             self._take(batch)
         self._clock.synchronize()
-        self._out.clipped = self._check_overflow()
+        settled = self._counts.settle()
+        self._out.clipped, self._out.non_finite = settled.clipped, settled.non_finite
+        self._out.invalid = _merged(self._out.invalid, settled.invalid)
         self._out.damage = {
             name: Damage(relative_rmse=found[0], cosine=found[1])
             for name, meter in self._meters.items()
@@ -153,43 +157,18 @@ class UnitPass:
         """Cast features [b, *shape] of a timestep and copy the runs of rows to the host."""
         at = batch.start - self._unit.start
         metered = self._unit.id == 0 and at == 0
-        clip = self._spec.overflow == "clip"
+        clip, fill = (x == "clip" for x in (self._spec.overflow, self._spec.non_finite))
         for name, x in captured.items():
             array = self._store.array(name)
             cell = array.cell(t, view, len(self._store.times))
             for start, stop in runs:
-                stored, count = to_storage(x[start:stop], array, clip=clip)
-                self._overflowed.append((name, t, count))
+                stored, counts = to_storage(x[start:stop], array, clip=clip, fill=fill)
+                self._counts.keep(name, cell, at + start, counts)
                 for part, cast in stored.items():
                     host = self._out.features[part][cell]
                     host[at + start : at + stop].copy_(cast, non_blocking=True)
                 if metered:
                     self._meters[name].add(x[start:stop], from_storage(stored, array))
-
-    def _check_overflow(self) -> dict[str, dict[str, int]]:
-        """Clipped values of each array and requested timestep that has any.
-
-        Raises:
-            FeatureError: if there are any and the spec does not allow clipping.
-        """
-        times = self._store.times
-        totals: dict[tuple[str, int], int] = defaultdict(int)
-        for name, t, count in self._overflowed:
-            totals[name, t] += int(count)
-        over = {place: n for place, n in totals.items() if n}
-        if over and self._spec.overflow == "error":
-            lines = ", ".join(
-                f"{name} at timestep {times[t].requested:g}: {n} values"
-                for (name, t), n in over.items()
-            )
-            raise FeatureError(
-                f"unit {self._unit.id}: {lines} are too large for {self._spec.dtype}; set "
-                "`features.dtype: bfloat16` or float32, or `features.overflow: clip`"
-            )
-        clipped: dict[str, dict[str, int]] = defaultdict(dict)
-        for (name, t), n in over.items():
-            clipped[name][f"{times[t].requested:g}"] = n
-        return dict(clipped)
 
 
 def noise_keys(batch: ImageBatch, images: ImageSpec) -> Iterator[list[str]]:
