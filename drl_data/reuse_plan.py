@@ -21,7 +21,7 @@ from drl_data.plan import InvalidRow, Unit
 from drl_data.receipts import NonFinite, ObjectRecord, Receipt
 from drl_data.reuse import Matches, Rows
 from drl_data.shards import Array, at_limit
-from drl_data.spec import ArraySpec, FeatureSpec, ResolvedTime
+from drl_data.spec import ArraySpec
 from drl_data.store import FeatureStore
 
 log = logging.getLogger(__name__)
@@ -130,19 +130,6 @@ def cells_of(array: ArraySpec, entry: int, n_timesteps: int) -> list[int]:
     """The cells of an entry of an array's time axis, one for each view."""
     n = array.n_times(n_timesteps)
     return [view * n + entry for view in range(max(array.views, 1))]
-
-
-def label(spec: FeatureSpec, times: Sequence[ResolvedTime], array: ArraySpec, entry: int) -> str:
-    """Under which requested timestep a receipt counts an entry of an array's time axis.
-
-    What has one entry is counted when it is computed: with the first timestep that is met, or, if
-    it is a mean over them, with the last.
-    """
-    requested = [time.requested for time in times]
-    if array.timesteps != "each":
-        along = sorted(requested, reverse=True) if spec.noise.kind == "inversion" else requested
-        return f"{along[0 if array.timesteps == 'none' else -1]:g}"
-    return f"{requested[entry]:g}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -292,7 +279,7 @@ def _piece(
     counts = share.receipt.counts
     if old_name in share.source.fits and counts.fits.get(old_name) != share.source.fits[old_name]:
         return None
-    of_old = label(old_store.spec, old_store.times, old_array, old_cell)
+    of_old = old_store.time_of(old_name, old_cell)
     clipped = counts.clipped.get(old_name, {}).get(of_old, 0)
     non_finite = counts.non_finite.get(old_name, {}).get(of_old, NONE)
     is_whole = share.whole and bool((mask == share.mask).all())

@@ -37,7 +37,7 @@ from drl_data.plan import InvalidRow, Lease, Unit
 from drl_data.quantise import storage_buffer
 from drl_data.receipts import NonFinite, ObjectRecord, Reused, UnitCounts, fit_path
 from drl_data.reuse import Matches, match, unlike
-from drl_data.reuse_plan import Piece, Place, Source, UnitPlan, cells_of, label, plan_unit
+from drl_data.reuse_plan import Piece, Place, Source, UnitPlan, cells_of, plan_unit
 from drl_data.shard_reader import in_threads
 from drl_data.shards import crc32c
 from drl_data.spec import BackboneSpec, FeatureSpec
@@ -396,15 +396,15 @@ class _UnitWork:
         for one in computed:
             for name, of_times in one.clipped.items():
                 for time, n in of_times.items():
-                    clipped[name, self._label(name, time)] += n
+                    clipped[name, time] += n
             for name, found in one.non_finite.items():
                 for time, more in found.items():
-                    _add(non_finite, (name, self._label(name, time)), more)
+                    _add(non_finite, (name, time), more)
         for piece in self._plan.pieces:
-            array = store.array(piece.place[0])
-            time = label(store.spec, store.times, array, piece.place[1])
-            clipped[array.name, time] += piece.clipped
-            _add(non_finite, (array.name, time), piece.non_finite)
+            name, entry = piece.place
+            time = store.time_of(name, entry)
+            clipped[name, time] += piece.clipped
+            _add(non_finite, (name, time), piece.non_finite)
         fits = {
             name: crc
             for source in {id(p.share.source): p.share.source for p in self._plan.pieces}.values()
@@ -418,13 +418,6 @@ class _UnitWork:
             non_finite=_nested({p: n for p, n in non_finite.items() if n != NonFinite()}),
             fits=fits if self._extractor is None else self._extractor.fits,
         )
-
-    def _label(self, name: str, time: str) -> str:
-        """The timestep that a count belongs to, whichever one it was computed with."""
-        array = self._store.array(name)
-        if array.timesteps == "each":
-            return time
-        return label(self._store.spec, self._store.times, array, 0)
 
     def _reused(self) -> tuple[Reused, ...]:
         """What came from each old store."""
