@@ -256,6 +256,29 @@ def extract(
 
 
 @app.command()
+def merge(
+    urls: Annotated[list[str], typer.Argument(metavar="STORE...", help="Finished stores.")],
+    target: Annotated[str, typer.Option("--out", help="Folder or URL of the new store.")],
+) -> None:
+    """Join stores of other samples, or of other taps or timesteps of the same samples."""
+    from drl_data.merge import merge as run_merge
+    from drl_data.progress import console_progress
+
+    summary = run_merge(urls, target, progress=console_progress())
+    for old in summary.reused.values():
+        out.print(f"of {escape(old.store)}: {describe_reused(old)}", soft_wrap=True)
+    for unit, message in summary.failed:
+        err.print(f"[red]unit {unit.id} failed:[/] {escape(message)}", soft_wrap=True)
+    state = "sealed" if summary.store.sealed else "not finished"
+    out.print(
+        f"{target}: {state}, {summary.n_pending - len(summary.failed)} of {summary.n_units} units "
+        "merged now",
+        soft_wrap=True,
+    )
+    raise typer.Exit(1 if _print_invalid(summary.store) or summary.failed else 0)
+
+
+@app.command()
 def status(url: StoreUrl) -> None:
     """Units done and pending, samples ok and invalid, with reasons; from receipts alone."""
     from drl_data.store import FeatureStore
@@ -440,8 +463,10 @@ def _print_summary(summary: RunSummary) -> bool:
 
 def describe_reused(old: Reused) -> str:
     """What was copied from an older store, in words."""
-    objects = f"{old.linked} objects linked, {old.copied} copied by the server, {old.rewritten} read and written"  # noqa: E501
-    return f"{old.features} features of {old.rows} rows; {objects}"
+    return (
+        f"{old.features} features of {old.rows} rows; {old.linked} objects linked, {old.copied} "
+        f"copied by the server, {old.rewritten} read and written whole"
+    )
 
 
 def _print_invalid(store: FeatureStore) -> int:

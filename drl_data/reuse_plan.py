@@ -201,7 +201,7 @@ def plan_unit(
     shares: list[Share] = []
     invalid: dict[int, InvalidRow] = {}
     for source in sources:
-        found, bad = _shares(store, source, unit, keep_invalid)
+        found, bad = shares_of_unit(store, source, unit, keep_invalid)
         shares += found
         invalid = {**bad, **invalid}
     open_rows = np.ones(unit.n_rows, np.bool_)
@@ -222,7 +222,7 @@ def plan_unit(
     return UnitPlan(unit, ordered, tuple(pieces), missing)
 
 
-def _shares(
+def shares_of_unit(
     store: FeatureStore, source: Source, unit: Unit, keep_invalid: bool
 ) -> tuple[list[Share], dict[int, InvalidRow]]:
     """The units of one source that have rows of a unit, and the rows that have no features."""
