@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -170,14 +171,17 @@ def grown(
 ) -> Callable[..., RunSummary]:
     """A store from older ones, which must be that of a direct extraction; `meter` counts it."""
 
+    numbers = itertools.count()
+
     def grow(olds: Sequence[Changes], new: Changes, **both: object) -> RunSummary:
+        name = f"{request.node.name}-{next(numbers)}"
         for changes in (*olds, new):
             one = pipeline("none", **{**both, **changes})
             meter.learn(build_index(one.dataset), one.images)
         direct = extracted(**{**both, **new})
         urls = [extracted(**{**both, **changes}).url for changes in olds]
         meter.start()
-        summary = extract(pipeline(request.node.name, reuse=urls, **{**both, **new}))
+        summary = extract(pipeline(name, reuse=urls, **{**both, **new}))
         assert not summary.failed
         assert_same_store(summary.store, direct)
         assert not summary.store.verify(deep=True)
@@ -276,3 +280,147 @@ def test_what_is_there_altogether_starts_no_backbone(
     assert not meter.denoised
     assert not meter.loaded
     assert sum(old.rows for old in summary.reused.values()) >= summary.store.spec.n_samples
+
+
+# --- what timesteps depend on -------------------------------------------------------------------
+
+LADDER = {"convention": "generation_label", "n_steps": 6, "scheduler": "DDIMScheduler"}
+NOISES: dict[str, tuple[Changes, list[float], list[float]]] = {
+    "per_sample": ({"seed": 3}, [0, 300], []),
+    "per_sample, drawn for each timestep": ({"per_timestep": True}, [0, 300], []),
+    "per_sample, members": ({"members": 2}, [0, 300], []),
+    "uniform": ({"kind": "uniform"}, [0, 300], []),
+    "none": ({"kind": "none"}, [0, 300], []),
+    "patch_mask": ({"kind": "patch_mask", "patch": 4}, [0, 300], []),
+    "shared": ({"kind": "shared"}, [0, 300], []),
+    "shared, drawn for each timestep": ({"kind": "shared", "per_timestep": True}, [0, 300], []),
+    "shared, of torch": ({"kind": "shared", "generator": "torch"}, [0, 300], []),
+    "shared, of torch, for each timestep": (
+        {"kind": "shared", "generator": "torch", "per_timestep": True},
+        [0],
+        [300],
+    ),
+    "bank": ({"kind": "bank", "members": 2}, [0, 300], []),
+    "bank, of torch": ({"kind": "bank", "generator": "torch", "members": 2}, [0], [300]),
+    "bank, of a file": ({"kind": "bank", "file": "FILE"}, [0], [300]),
+}  # fmt: skip
+"""Noise; which of the old timesteps 0 and 300 have the same when 100 is put between them; which
+have not, because a row of a table belongs to a place."""
+
+
+@pytest.mark.parametrize("case", NOISES)
+def test_a_timestep_is_reused_where_its_noise_is_the_same(
+    case: str, grown: Callable[..., RunSummary], meter: Meter, tmp_path: Path
+) -> None:
+    noise, same, other = NOISES[case]
+    if noise.get("file"):
+        bank = np.random.default_rng(0).standard_normal((3, 3, 16, 16)).astype(np.float32)
+        np.save(tmp_path / "bank.npy", bank)
+        noise = {**noise, "file": str(tmp_path / "bank.npy")}
+    grown(
+        [{"schedule": {"timesteps": [0, 300]}}],
+        {"schedule": {"timesteps": [0, 100, 300]}},
+        noise=noise,
+        taps=["mid_block"],
+        numbers="0",
+    )
+    assert {time for _, time in meter.denoised} == {100, *other}
+    assert not {time for _, time in meter.denoised} & set(same)
+
+
+def test_along_an_inversion_labels_are_independent(
+    grown: Callable[..., RunSummary], meter: Meter
+) -> None:
+    """The path to a deeper label is walked again, but nothing is tapped that is there already."""
+    summary = grown(
+        [{"schedule": {**LADDER, "timesteps": [4, 2]}}],
+        {"schedule": {**LADDER, "timesteps": [4, 3, 2, 1]}},
+        noise={"kind": "inversion"},
+        taps=["mid_block"],
+        numbers="0",
+    )
+    (reused,) = summary.reused.values()
+    assert reused.features == 2 * PER_TAR
+    assert {time for _, time in meter.denoised} == {5, 4, 3, 2, 1}
+
+
+def test_the_mean_over_timesteps_is_reused_with_all_of_them_only(
+    grown: Callable[..., RunSummary], meter: Meter
+) -> None:
+    taps = ["mid_block", {"path": "mid_block", "name": "mean", "reduce": ["mean", "time_mean"]}]
+    grown(
+        [{"taps": taps}],
+        {"taps": taps, "schedule": {"timesteps": [0, 300, 600]}},
+        numbers="0",
+    )
+    assert {time for _, time in meter.denoised} == {0, 300, 600}
+    grown([{"taps": taps}], {"taps": [*taps, "conv_in"]}, numbers="0")
+    meter.start()
+    summary = grown([{"taps": taps}], {"taps": taps[1:]}, numbers="0")
+    assert not meter.denoised
+    assert sum(old.features for old in summary.reused.values()) == PER_TAR
+
+
+def test_principal_components_are_reused_with_their_fit(
+    grown: Callable[..., RunSummary], meter: Meter
+) -> None:
+    """Other samples, timesteps or a tap fitted on more samples make another fit."""
+    pca = {"path": "mid_block", "reduce": ["pca(4, 12)"]}
+    summary = grown([{"taps": [pca]}], {"taps": ["conv_in", pca]})
+    assert sum(old.linked for old in summary.reused.values()) == 2 * len(summary.store.units)
+    grown([{"taps": [pca]}], {"taps": [pca, "conv_in"], "schedule": {"timesteps": [0]}})
+    meter.start()
+    summary = grown([{"taps": [pca, "conv_in"]}], {"taps": [pca, "conv_in"], "numbers": "0123"})
+    assert {time for _, time in meter.denoised} == {0, 300}
+    more = {"path": "up_blocks.1", "reduce": ["mean", "pca(2, 18)"]}
+    summary = grown([{"taps": [pca]}], {"taps": [pca, more]})
+    assert not any(old.features for old in summary.reused.values())
+
+
+# --- what is stored -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "int8", "uint8"])
+def test_every_storage_type(dtype: str, grown: Callable[..., RunSummary], meter: Meter) -> None:
+    grown(
+        [{}],
+        {"schedule": {"timesteps": [300, 50]}, "numbers": "30"},
+        features={"dtype": dtype},
+        numbers="01",
+    )
+    assert {time for _, time in meter.denoised} == {50, 300}
+
+
+def test_views_and_latents(sd: Path, grown: Callable[..., RunSummary], meter: Meter) -> None:
+    """Stable Diffusion, told each sample's label; taps that have a timestep, and one without."""
+    taps = ["latent", {"path": "mid_block", "reduce": "avg_pool(2)"}]
+    grown(
+        [{"taps": taps}],
+        {
+            "taps": [*taps, {"path": "up_blocks.1", "reduce": "mean"}],
+            "schedule": {"timesteps": [300, 50, 0]},
+            "numbers": "30",
+        },
+        backbone={"model": str(sd)},
+        images={"size": 16, "views": ["id", "hflip"]},
+        condition={"template": "a photo of a {label}"},
+        features={"dtype": "uint8", "batch_size": 4, "rows_per_unit": 4},
+        numbers="01",
+    )
+    assert {time for _, time in meter.denoised} == {0, 50, 300}
+    assert max(meter.encoded.values()) == 2, "once for each view"
+
+
+def test_an_array_without_timesteps_is_computed_without_a_forward(
+    sd: Path, grown: Callable[..., RunSummary], meter: Meter
+) -> None:
+    taps = ["mid_block"]
+    grown(
+        [{"taps": taps}],
+        {"taps": ["latent", *taps]},
+        backbone={"model": str(sd)},
+        features={"batch_size": 4, "rows_per_unit": 4},
+        numbers="0",
+    )
+    assert meter.encoded
+    assert not meter.denoised
