@@ -91,7 +91,7 @@ def _without_additions(spec: FeatureSpec) -> FeatureSpec:
         update={
             "dataset": "",
             "n_samples": 1,
-            "rows_per_unit": spec.batch_size,
+            "rows_per_unit": 1,
             "schedule": schedule,
             "taps": (),
         }
