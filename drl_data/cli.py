@@ -304,15 +304,49 @@ def status(url: StoreUrl) -> None:
 def verify(
     url: StoreUrl,
     deep: Annotated[bool, typer.Option(help="Read every byte and check it.")] = False,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="Extract K random rows anew and compare.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--pipeline", help="Pipeline file, for --sample: its model.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of rows.")] = 0,
+    device: Device = None,
 ) -> None:
-    """Check a store against its receipts: sizes, or with --deep checksums and values."""
+    """Check a store against its receipts: sizes, or with --deep checksums and values; with --sample
+    also against the model."""
     from drl_data.store import FeatureStore
 
-    problems = FeatureStore.open(url).verify(deep=deep)
+    store = FeatureStore.open(url)
+    problems = store.verify(deep=deep)
     for problem in problems:
         err.print(f"[red]problem:[/] {escape(str(problem))}", soft_wrap=True)
     out.print(f"{url}: {len(problems)} problems", soft_wrap=True)
-    raise typer.Exit(1 if problems else 0)
+    differs = sample is not None and not _print_spot_check(store, file, sample, seed, device)
+    raise typer.Exit(1 if problems or differs else 0)
+
+
+def _print_spot_check(
+    store: FeatureStore, file: Path | None, n_rows: int, seed: int, device: str | None
+) -> bool:
+    """Extract rows anew and say how they compare; whether all agree."""
+    from drl_data.spot_check import spot_check
+
+    if file is None:
+        raise SpecError("--sample needs --pipeline FILE, which says where the model is")
+    found = spot_check(store, Pipeline.load(file), n_rows, seed=seed, device=device)
+    for difference in found.differences[:MAX_LISTED]:
+        err.print(f"[red]differs:[/] {escape(str(difference))}", soft_wrap=True)
+    if len(found.differences) > MAX_LISTED:
+        err.print(f"... and {len(found.differences) - MAX_LISTED} more")
+    for name, largest in found.largest.items():
+        out.print(f"  {name}: largest relative difference of a row {largest:.3g}", soft_wrap=True)
+    out.print(
+        f"{found.n_rows} rows extracted anew, {found.n_equal} equal bit for bit; "
+        f"{found.n_invalid} invalid rows tried again; {len(found.differences)} differences",
+        soft_wrap=True,
+    )
+    return not found.differences
 
 
 @app.command()

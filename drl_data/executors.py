@@ -18,7 +18,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from drl_data.errors import DrlDataError, ExecutionError, ObjectError, UserError
+from drl_data.errors import (
+    DrlDataError,
+    ExecutionError,
+    HostMemoryError,
+    ObjectError,
+    UserError,
+)
 from drl_data.plan import Lease, Unit
 from drl_data.stopping import Stop
 
@@ -53,8 +59,11 @@ class Outcome(Generic[R]):
 
 
 def _is_transient(error: BaseException) -> bool:
-    """Storage may work the next time; the same input gives the same error every time."""
-    return isinstance(error, ObjectError | OSError) and not isinstance(error, UserError)
+    """Storage may work the next time, and memory be free; the same input gives the same error
+    every time."""
+    return isinstance(error, ObjectError | OSError | HostMemoryError) and not isinstance(
+        error, UserError
+    )
 
 
 def run_local(

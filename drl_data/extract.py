@@ -21,10 +21,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drl_data.backbones import Backbone, find_model, load_backbone
+from drl_data.backbones import Backbone, Model, find_model, load_backbone
 from drl_data.conditions import SampleConditions
+from drl_data.device_memory import MicroBatches, described, faults_named, is_out_of_memory
 from drl_data.diffusion_spec import ConditionSpec
-from drl_data.errors import ImageError, StoreMismatchError, TapError, redacted
+from drl_data.errors import (
+    DeviceMemoryError,
+    ImageError,
+    StoreMismatchError,
+    TapError,
+    redacted,
+)
 from drl_data.features import FeatureComputer
 from drl_data.fits import fitted
 from drl_data.images import read_batches
@@ -33,7 +40,7 @@ from drl_data.metering import ByteBudget, Clock, take
 from drl_data.noise_bank import bank_digest, read_bank
 from drl_data.pipeline import RunSpec
 from drl_data.plan import Lease, Unit
-from drl_data.receipts import Damage, Receipt, RunRecord, TarRecord, UnitCounts
+from drl_data.receipts import Receipt, RunRecord, TarRecord, UnitCounts
 from drl_data.spec import BackboneSpec
 from drl_data.spec_base import file_digest
 from drl_data.stopping import Stop
@@ -59,6 +66,7 @@ class ExtractTask:
         conditions: SampleConditions,
         run: RunSpec,
         fits: Mapping[str, int] | None = None,
+        micro_batches: MicroBatches | None = None,
     ) -> None:
         self._store = store
         self._conditions = conditions
@@ -68,9 +76,12 @@ class ExtractTask:
         self._index = store.index
         self._run = run
         self._device = computers[0].backbone.device
+        self._micro_batches = micro_batches or MicroBatches(self._device)
         self._computers: queue.SimpleQueue[FeatureComputer] = queue.SimpleQueue()
         for computer in computers:
             self._computers.put(computer)
+        self.identity = run_identity(self._device)
+        """Where this is and with what, as receipts record it."""
         self._budget = ByteBudget(run.memory_bytes)
         self._prefetch_bytes = max(run.memory_bytes // 32, 1)
 
@@ -85,6 +96,9 @@ class ExtractTask:
                 says that this is an error.
             InputError: a tar that changed since it was indexed.
             ObjectError: storage that failed.
+            DeviceMemoryError: a GPU without memory for a single image.
+            HostMemoryError: the host without memory.
+            DeviceLostError: a GPU that this process cannot use again.
         """
         unit, stop = lease.unit, stop or Stop()
         stop.check_begin()
@@ -143,7 +157,8 @@ class ExtractTask:
             rows=selection.rows,
             skip={row: ImageError("worker", reason) for row, reason in poison},
         )
-        with closing(batches):
+        doing = f"{self._store.url}, unit {unit.id}"
+        with closing(batches), faults_named(self._device, doing):
             first = list(itertools.islice(batches, 1))  # reads while others compute
             computer = take(self._computers, stop.check_begin)
             try:
@@ -154,6 +169,7 @@ class ExtractTask:
                     self._conditions,
                     selection,
                     clock=clock,
+                    micro_batches=self._micro_batches,
                     ask=stop.check,
                     into=into,
                 )
@@ -171,7 +187,9 @@ class ExtractTask:
             ConflictError: the unit is signed with other content.
             ObjectError: storage that failed.
         """
-        run = run_record(self._index, unit, self._device, clock, computed.damage, attempt)
+        run = unit_record(
+            self.identity, self._index, unit, clock, attempt, [computed], self._device
+        )
         counts = UnitCounts(
             samples=self._index.digest_rows(unit.start, unit.stop),
             input_bytes=computed.input_bytes,
@@ -203,24 +221,31 @@ def is_of(receipt: Receipt, run: RunRecord) -> bool:
     return (seconds, receipt.run.host) == (run.seconds, run.host)
 
 
-def run_record(
+def run_identity(device: torch.device) -> RunRecord:
+    """Where this is and with what, as receipts record it."""
+    return RunRecord(host=socket.gethostname(), device=_device_name(device), versions=_versions())
+
+
+def unit_record(
+    identity: RunRecord,
     index: SampleIndex,
     unit: Unit,
-    device: torch.device,
     clock: Clock,
-    damage: Mapping[str, Damage],
     attempt: int,
+    parts: Sequence[UnitFeatures],
+    device: torch.device,
 ) -> RunRecord:
-    """How a unit was computed, here and now."""
-    return RunRecord(
-        seconds=clock.seconds(),
-        peak_bytes=_peak_bytes(device),
-        host=socket.gethostname(),
-        device=_device_name(device),
-        versions=_versions(),
-        attempt=attempt,
-        damage=dict(damage),
-        tars=tar_records(index, unit),
+    """How a unit was computed: here and now, in one or more parts."""
+    micro_batches = [part.micro_batch for part in parts if part.micro_batch is not None]
+    return identity.model_copy(
+        update={
+            "seconds": clock.seconds(),
+            "peak_bytes": _peak_bytes(device),
+            "attempt": attempt,
+            "damage": {name: found for part in parts for name, found in part.damage.items()},
+            "tars": tar_records(index, unit),
+            "micro_batch": min(micro_batches, default=None),
+        }
     )
 
 
@@ -247,17 +272,19 @@ def make_task(
     n_cpus: int,
     device: str | None = None,
     noise_file: str | None = None,
+    read_only: bool = False,
 ) -> ExtractTask:
     """Open the store and load the weights: what an executor runs once in each worker.
 
     `backbone`, `condition` and `noise_file` say where the files are whose digests the store's spec
     holds.
     `n_cpus` is how many units may compute at a time where there is no GPU. `device` defaults to
-    the first visible GPU, else the CPU.
+    the first visible GPU, else the CPU. With `read_only` no fit is put where there is none.
 
     Raises:
         StoreMismatchError: if the weights are not those that the store was made for.
         TapError: if the model has other modules than when the store was made.
+        DeviceMemoryError: if the device has too little memory for the model.
     """
     store = FeatureStore.open(store_url)
     model = find_model(backbone)
@@ -274,25 +301,54 @@ def make_task(
             f"have {found}; give the same files, or another store"
         )
     use_exact_float32()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_backbone(model, device)
-    conditions = SampleConditions(loaded, condition, store.index)
-    computer = FeatureComputer(
-        loaded,
-        _frozen_taps(loaded, store),
-        conditions.constant,
-        store.times,
-        store.spec,
-        bank=bank,
-        candidates=conditions.candidates,
+    loaded = _loaded(
+        model, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     )
     on_cpu = loaded.device.type == "cpu"
     if on_cpu:
         torch.set_num_threads(1)
-    fits, checksums = fitted(store, computer, conditions, run)
-    computer = computer.with_taps(computer.taps, fits)
-    replicas = [computer.replica() for _ in range(n_cpus - 1)] if on_cpu else []
-    return ExtractTask(store, [computer, *replicas], conditions, run, checksums)
+    with faults_named(loaded.device, f"{store_url}, before the first unit"):
+        conditions = SampleConditions(loaded, condition, store.index)
+        computer = FeatureComputer(
+            loaded,
+            _frozen_taps(loaded, store),
+            conditions.constant,
+            store.times,
+            store.spec,
+            bank=bank,
+            candidates=conditions.candidates,
+        )
+        micro_batches = MicroBatches(loaded.device)
+        fits, checksums = fitted(
+            store, computer, conditions, run, micro_batches, read_only=read_only
+        )
+        computer = computer.with_taps(computer.taps, fits)
+        replicas = [computer.replica() for _ in range(n_cpus - 1)] if on_cpu else []
+    computers = [computer, *replicas]
+    return ExtractTask(store, computers, conditions, run, checksums, micro_batches)
+
+
+def _loaded(model: Model, device: torch.device) -> Backbone:
+    """The backbone on a device.
+
+    Raises:
+        DeviceMemoryError: naming the device, its memory, and what the weights take.
+    """
+    with faults_named(device, "loading the model"):
+        try:
+            return load_backbone(model, str(device))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            meta = load_backbone(model, "meta")
+            parts = [part for part in (meta.network, meta.vae) if part is not None]
+            n_bytes = sum(p.nbytes for part in parts for p in part.parameters())
+            raise DeviceMemoryError(
+                f"{described(device)}: the model takes {n_bytes / 1e9:.2f} GB in "
+                f"{str(meta.dtype).removeprefix('torch.')} and does not fit; set `backbone.dtype: "
+                "bfloat16`, end what else runs on the GPU (`run.gpus_per_worker: 1`, fewer "
+                "workers), or take one with more memory"
+            ) from error
 
 
 def condition_files(condition: ConditionSpec) -> dict[str, str]:

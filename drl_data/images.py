@@ -15,8 +15,9 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -305,6 +306,8 @@ class _Decoded:
     read_s: float
     decode_s: float
     error: ImageError | None
+    again: Callable[[], _Decoded] | None = None
+    """Decodes once more, where memory did not suffice."""
 
 
 class _UnitReader:
@@ -377,6 +380,9 @@ class _UnitReader:
                 batch.invalid.append(InvalidRow(row, key, error.stage, error.reason))
                 continue
             done = self._decoded.pop(row).result()
+            if done.again is not None:  # memory may suffice for it alone
+                wait(self._decoded.values())
+                done = done.again()
             batch.n_bytes += done.n_bytes
             batch.read_s += done.read_s
             batch.decode_s += done.decode_s
@@ -444,9 +450,12 @@ class _Read:
 
 
 def _decode_into(
-    out: np.ndarray, read: Future[_Read], i: int, spec: ImageSpec, key: str
+    out: np.ndarray, read: Future[_Read], i: int, spec: ImageSpec, key: str, alone: bool = False
 ) -> _Decoded:
-    """Decode the i-th image of a span into `out`, [*spec.shape] or [view, *spec.shape]."""
+    """Decode the i-th image of a span into `out`, [*spec.shape] or [view, *spec.shape].
+
+    Where memory does not suffice the image is at fault only if it is decoded `alone`.
+    """
     fetched = read.result()
     data = fetched.images[i]
     start = time.perf_counter()
@@ -455,6 +464,12 @@ def _decode_into(
         out[:] = decode_views(data, spec, key) if spec.views else decode_image(data, spec)
     except ImageError as problem:
         error = problem
+    except MemoryError:
+        if not alone:
+            again = partial(_decode_into, out, read, i, spec, key, True)
+            return _Decoded(len(data), 0.0, 0.0, None, again)
+        height, width = displayed_size(data)
+        error = ImageError("decode", f"not enough memory to decode {height}x{width} pixels")
     seconds = time.perf_counter() - start
     return _Decoded(len(data), fetched.s_per_byte * len(data), seconds, error)
 

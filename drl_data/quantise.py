@@ -14,7 +14,7 @@ Shapes: b batch, ... the axes of a row.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -173,6 +173,14 @@ class DamageMeter:
 
     def __init__(self) -> None:
         self._sums: Tensor | None = None
+
+    @classmethod
+    def sum(cls, meters: Iterable[DamageMeter]) -> DamageMeter:
+        """All that several have seen."""
+        total = cls()
+        sums = [meter._sums for meter in meters if meter._sums is not None]
+        total._sums = torch.stack(sums).sum(0) if sums else None
+        return total
 
     def add(self, exact: Tensor, stored: Tensor) -> None:
         """Features [b, ...] as computed, and as they read; rows that are not finite count not."""

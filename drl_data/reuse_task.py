@@ -29,13 +29,13 @@ from drl_data.errors import (
     UserError,
     redacted,
 )
-from drl_data.extract import ExtractTask, UnitResult, as_numpy, is_of, run_record
+from drl_data.extract import ExtractTask, UnitResult, as_numpy, is_of, run_identity, unit_record
 from drl_data.metering import ByteBudget, Clock
 from drl_data.objects import open_folder
 from drl_data.pipeline import StoreSpec
 from drl_data.plan import InvalidRow, Lease, Unit
 from drl_data.quantise import storage_buffer
-from drl_data.receipts import NonFinite, ObjectRecord, Reused, UnitCounts, fit_path
+from drl_data.receipts import NonFinite, ObjectRecord, Reused, RunRecord, UnitCounts, fit_path
 from drl_data.reuse import Matches, match, unlike
 from drl_data.reuse_plan import Piece, Place, Source, UnitPlan, cells_of, plan_unit
 from drl_data.shard_reader import in_threads
@@ -156,6 +156,7 @@ class ReuseTask:
         self._making = threading.Lock()
         self._budget = ByteBudget(memory_bytes)
         self._occupied: set[str] = set()
+        self._identity = run_identity(torch.device("cpu"))
 
     def __call__(self, lease: Lease, stop: Stop | None = None) -> UnitResult | None:
         """Copy, compute and write one unit; None if the lease only probes some rows.
@@ -195,7 +196,7 @@ class ReuseTask:
             extractor = self._extractor() if plan.missing else None
             if extractor is not None:
                 stack.enter_context(extractor.room(unit, stop))
-            work = _UnitWork(self._store, plan, extractor, self._occupied)
+            work = _UnitWork(self._store, plan, extractor, self._identity, self._occupied)
             if extractor is None:
                 stack.enter_context(self._budget.reserve(work.n_bytes, stop.check_begin))
             if lease.probe is not None:
@@ -219,12 +220,15 @@ class _UnitWork:
         store: FeatureStore,
         plan: UnitPlan,
         extractor: ExtractTask | None,
+        identity: RunRecord,
         occupied: set[str],
     ) -> None:
-        """`occupied` are objects of the store that were found to be others than the copies."""
+        """`identity` is recorded where there is no extractor; `occupied` are objects of the store
+        that were found to be others than the copies."""
         self._store, self._plan, self._extractor = store, plan, extractor
         self._unit, self._occupied = plan.unit, occupied
         self._device = torch.device("cpu") if extractor is None else extractor.device
+        self._identity = identity if extractor is None else extractor.identity
         self._clock = Clock(self._device)
         self._buffers: dict[str, Tensor] = {}
         self._how: dict[int, Counter[How]] = {}
@@ -373,9 +377,9 @@ class _UnitWork:
         present: Sequence[ObjectRecord],
     ) -> UnitResult:
         store, unit = self._store, self._unit
-        damage = {name: found for one in computed for name, found in one.damage.items()}
-        run = run_record(store.index, unit, self._device, self._clock, damage, lease.attempt)
-        run = run.model_copy(update={"reused": self._reused()})
+        run = unit_record(
+            self._identity, store.index, unit, self._clock, lease.attempt, computed, self._device
+        ).model_copy(update={"reused": self._reused()})
         receipt = store.write(
             unit,
             {name: as_numpy(x) for name, x in self._buffers.items()},

@@ -11,12 +11,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from drl_data.backbones import Conditioning
 from drl_data.conditions import SampleConditions
+from drl_data.device_memory import MicroBatches, is_out_of_memory
+from drl_data.errors import HostMemoryError
 from drl_data.features import FeatureComputer
 from drl_data.images import ImageBatch
 from drl_data.metering import Clock
@@ -57,14 +61,29 @@ class UnitFeatures:
     non_finite: dict[str, dict[str, NonFinite]] = field(default_factory=dict)
     """Both as `UnitCounts` has them; of the rows that were computed."""
     damage: dict[str, Damage] = field(default_factory=dict)
+    micro_batch: int | None = None
 
 
 def empty_features(store: FeatureStore, unit: Unit, *, pinned: bool = False) -> dict[str, Tensor]:
-    """Host memory for the features of a unit, as `UnitFeatures.features` has them."""
-    return {
-        array.name: storage_buffer(array, (store.n_cells(array.name), unit.n_rows), pinned=pinned)
-        for array in store.arrays
-    }
+    """Host memory for the features of a unit, as `UnitFeatures.features` has them.
+
+    Raises:
+        HostMemoryError: there is not so much that the GPU can write to.
+    """
+    cells = {array.name: store.n_cells(array.name) for array in store.arrays}
+    try:
+        return {
+            array.name: storage_buffer(array, (cells[array.name], unit.n_rows), pinned=pinned)
+            for array in store.arrays
+        }
+    except RuntimeError as error:
+        if not (pinned and is_out_of_memory(error)):
+            raise
+        n_bytes = unit.n_rows * sum(a.bytes_per_row * cells[a.name] for a in store.arrays)
+        raise HostMemoryError(
+            f"{store.url}, unit {unit.id}: the host cannot pin {n_bytes} bytes of memory for its "
+            "features; set a smaller `run.leases` or `features.rows_per_unit`"
+        ) from error
 
 
 class UnitPass:
@@ -79,6 +98,7 @@ class UnitPass:
         selection: Selection = WHOLE,
         *,
         clock: Clock,
+        micro_batches: MicroBatches,
         ask: Callable[[], None],
         into: Mapping[str, Tensor] | None = None,
     ) -> None:
@@ -86,12 +106,12 @@ class UnitPass:
         that is filled, if there is any."""
         self._store, self._unit, self._spec = store, unit, store.spec
         self._computer, self._conditions, self._selection = computer, conditions, selection
-        self._clock, self._ask = clock, ask
+        self._clock, self._ask, self._micro_batches = clock, ask, micro_batches
         pinned = computer.backbone.device.type == "cuda"
         made = empty_features(store, unit, pinned=pinned) if into is None else dict(into)
         self._out = UnitFeatures(made)
         self._counts = NumericCounts(store, unit, pinned=pinned)
-        self._meters: dict[str, DamageMeter] = defaultdict(DamageMeter)
+        self._meters: dict[str, dict[tuple[int, int, int], DamageMeter]] = defaultdict(dict)
 
     def run(self, batches: Iterator[ImageBatch]) -> UnitFeatures:
         """Compute what was asked for of all batches.
@@ -109,9 +129,10 @@ class UnitPass:
         self._out.invalid = _merged(self._out.invalid, settled.invalid)
         self._out.damage = {
             name: Damage(relative_rmse=found[0], cosine=found[1])
-            for name, meter in self._meters.items()
-            if (found := meter.result()) is not None
+            for name, meters in self._meters.items()
+            if (found := DamageMeter.sum(meters.values()).result()) is not None
         }
+        self._out.micro_batch = self._micro_batches.size
         return self._out
 
     def _take(self, batch: ImageBatch) -> None:
@@ -131,13 +152,36 @@ class UnitPass:
         if not runs:
             return
         for view, keys in enumerate(noise_keys(batch, self._spec.images)):
-            pixels = batch.of_view(view)
-            for t, captured in self._computer.compute(
-                pixels, keys, clock, told.conditioning, self._selection.times
-            ):
-                with clock.stage("copy"):
-                    self._keep(batch, runs, t, view, captured)
-                self._ask()
+            self._micro_batches.run(
+                len(batch.pixels),
+                partial(self._compute, batch, runs, view, keys, told.conditioning),
+            )
+
+    def _compute(
+        self,
+        batch: ImageBatch,
+        runs: Sequence[tuple[int, int]],
+        view: int,
+        keys: Sequence[str],
+        told: Conditioning,
+        start: int,
+        stop: int,
+    ) -> None:
+        """Rows `start` to `stop` of a batch in one view, at all timesteps; done twice is done once,
+        where memory did not suffice the first time."""
+        inside = [(max(a, start), min(b, stop)) for a, b in runs if a < stop and b > start]
+        if not inside:
+            return
+        for t, captured in self._computer.compute(
+            batch.of_view(view)[start:stop],
+            keys[start:stop],
+            self._clock,
+            told.rows(start, stop),
+            self._selection.times,
+        ):
+            with self._clock.stage("copy"):
+                self._keep(batch, inside, t, view, captured, start)
+            self._ask()
 
     def _chosen(self, batch: ImageBatch) -> npt.NDArray[np.bool_]:
         """Whether each row of a batch is asked for, [batch.n_rows]."""
@@ -153,8 +197,10 @@ class UnitPass:
         t: int,
         view: int,
         captured: Mapping[str, Tensor],
+        first: int,
     ) -> None:
-        """Cast features [b, *shape] of a timestep and copy the runs of rows to the host."""
+        """Cast features [b, *shape] of a timestep, of the batch's rows from `first`, and copy the
+        runs of rows to the host."""
         at = batch.start - self._unit.start
         metered = self._unit.id == 0 and at == 0
         clip, fill = (x == "clip" for x in (self._spec.overflow, self._spec.non_finite))
@@ -162,13 +208,15 @@ class UnitPass:
             array = self._store.array(name)
             cell = array.cell(t, view, len(self._store.times))
             for start, stop in runs:
-                stored, counts = to_storage(x[start:stop], array, clip=clip, fill=fill)
+                exact = x[start - first : stop - first]
+                stored, counts = to_storage(exact, array, clip=clip, fill=fill)
                 self._counts.keep(name, cell, at + start, counts)
                 for part, cast in stored.items():
                     host = self._out.features[part][cell]
                     host[at + start : at + stop].copy_(cast, non_blocking=True)
                 if metered:
-                    self._meters[name].add(x[start:stop], from_storage(stored, array))
+                    meter = self._meters[name][t, view, start] = DamageMeter()
+                    meter.add(exact, from_storage(stored, array))
 
 
 def noise_keys(batch: ImageBatch, images: ImageSpec) -> Iterator[list[str]]:

@@ -295,11 +295,10 @@ def test_fits_leave_rows_out_that_are_not_finite(
     spoil(monkeypatch, {0: [NAN]})
     with pytest.raises(FeatureError, match=r"features to fit on are not finite; .*\.non_finite"):
         extract(pipeline(tars, ddpm, tmp_path / "a", taps=taps))
-    features = {"non_finite": "invalid"}
+    features = {"non_finite": "invalid", "batch_size": 7, "rows_per_unit": 7}
     chosen = pipeline(tars, ddpm, tmp_path / "b", taps=taps, features=features)
     store = run(chosen).store
-    assert store.receipts()[0].n_invalid == 3
+    assert store.receipts()[0].n_invalid == 3  # two white ones and the broken one
     kept = features_of(store, "mid_block", 0)[[r for r in range(N) if r not in (*WHITE, BROKEN)]]
     means = np.moveaxis(kept, 1, -1).reshape(-1, 3).mean(0)
-    # Rows of the spoilt samples at timestep 50, where they are finite, are in its fit; at 0 not.
     np.testing.assert_allclose(means, 0, atol=1e-4)
