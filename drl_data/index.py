@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -22,10 +23,10 @@ import pyarrow.parquet as pq
 from pydantic import JsonValue
 
 from drl_data.errors import InputError, ObjectNotFoundError
-from drl_data.objects import Folder, open_parent
+from drl_data.objects import Buffer, Folder, open_parent
 from drl_data.progress import SILENT, Progress
 from drl_data.spec import DatasetSpec
-from drl_data.spec_base import canonical_json
+from drl_data.spec_base import StrTuple, canonical_json
 from drl_data.tar import GzipSource, Member, RangedSource, open_source, walk_files
 from drl_data.urls import expand_urls as expand_urls
 from drl_data.urls import missing
@@ -121,8 +122,8 @@ class SampleIndex:
             total.update(name.encode() + _column_digest(rows.column(name)))
         return total.hexdigest()
 
-    def save(self, url: str) -> None:
-        """Write as one Parquet file; tars, label names and the dataset are in its metadata."""
+    def to_parquet(self) -> memoryview:
+        """One Parquet file; tars, label names and the dataset are in its metadata."""
         about: JsonValue = {
             "format": INDEX_FORMAT,
             "tars": [asdict(tar) for tar in self.tars],
@@ -132,8 +133,12 @@ class SampleIndex:
         buffer = pa.BufferOutputStream()
         table = self.table.replace_schema_metadata({b"drl_data": canonical_json(about)})
         pq.write_table(table, buffer, compression="zstd")
+        return memoryview(buffer.getvalue())
+
+    def save(self, url: str) -> None:
+        """Write `to_parquet` at a path or URL."""
         folder, name = open_parent(url)
-        folder.put(name, [memoryview(buffer.getvalue())])
+        folder.put(name, [self.to_parquet()])
 
     @staticmethod
     def load(url: str) -> SampleIndex:
@@ -144,26 +149,40 @@ class SampleIndex:
         """
         folder, name = open_parent(url)
         try:
-            table = pq.read_table(pa.BufferReader(folder.get(name)))
+            data = folder.get(name)
         except ObjectNotFoundError as error:
             raise InputError(f"{url}: no such index; make one with `drl index`") from error
-        except pa.ArrowInvalid as error:
+        return SampleIndex.from_parquet(data, url)
+
+    @staticmethod
+    def from_parquet(data: Buffer, place: str) -> SampleIndex:
+        """Parse `to_parquet`; `place` names it in errors.
+
+        Raises:
+            InputError: if it is not an index of this version, or damaged.
+        """
+        try:
+            table = pq.read_table(pa.BufferReader(data))
+            about = json.loads((table.schema.metadata or {}).get(b"drl_data", b"{}"))
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise InputError(
-                f"{url}: not a Parquet file ({error}); index the tars again"
+                f"{place}: not a Parquet file ({error}); index the tars again"
             ) from error
-        about = json.loads((table.schema.metadata or {}).get(b"drl_data", b"{}"))
         if about.get("format") != INDEX_FORMAT:
             raise InputError(
-                f"{url}: index format {about.get('format')}, want {INDEX_FORMAT}; index the tars "
+                f"{place}: index format {about.get('format')}, want {INDEX_FORMAT}; index the tars "
                 "again"
             )
-        names = about["label_names"]
-        return SampleIndex(
-            table.replace_schema_metadata(None),
-            tuple(TarInfo(**tar) for tar in about["tars"]),
-            None if names is None else tuple(names),
-            DatasetSpec.model_validate(about["dataset"]),
-        )
+        try:
+            names = about["label_names"]
+            return SampleIndex(
+                table.replace_schema_metadata(None).select(_SCHEMA.names),
+                tuple(TarInfo(**tar) for tar in about["tars"]),
+                None if names is None else tuple(names),
+                DatasetSpec.model_validate(about["dataset"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{place}: damaged index ({error!r}); index the tars again") from error
 
     def _label_json(self) -> JsonValue:
         return None if self.label_names is None else list(self.label_names)
@@ -229,6 +248,55 @@ def is_current(index: SampleIndex, dataset: DatasetSpec, *, n_threads: int = 16)
 
     with ThreadPoolExecutor(n_threads, thread_name_prefix="drl-index") as pool:
         return list(pool.map(head, tars)) == [(tar.size, tar.etag) for tar in index.tars]
+
+
+def joined_index(indices: Sequence[SampleIndex]) -> SampleIndex:
+    """The index of all samples together, as `build_index` finds it in all tars: of each split the
+    tars of the first index, then those of the next; splits in the order in which they are met.
+
+    Raises:
+        InputError: tars that were read by other rules, or one that is in several indices.
+    """
+    first = indices[0].dataset
+    rules = {"image", "label", "caption"}
+    for index in indices[1:]:
+        if index.dataset.model_dump(include=rules) != first.model_dump(include=rules):
+            raise InputError(
+                f"tars were indexed by other rules: {index.dataset.model_dump(include=rules)} and "
+                f"{first.model_dump(include=rules)}; index them alike"
+            )
+    urls = Counter(tar.url for index in indices for tar in index.tars)
+    twice = [url for url, n in urls.items() if n > 1]
+    if twice:
+        raise InputError(f"{twice[0]}: in several of the indices; its samples would count twice")
+    splits: dict[str, StrTuple] = {}
+    for index in indices:
+        for split, patterns in index.dataset.tars.items():
+            splits[split] = (*splits.get(split, ()), *patterns)
+    order = list(splits)
+    infos: list[TarInfo] = []
+    tables: list[pa.Table] = []
+    for split in order:
+        for index in indices:
+            for number, tar in enumerate(index.tars):
+                if tar.split == split:
+                    infos.append(tar)
+                    is_here = pc.equal(index.table.column("tar"), number)
+                    tables.append(_with_label_texts(index, index.table.filter(is_here)))
+    table, label_names = _joined(infos, tables)
+    dataset = first.model_copy(update={"tars": splits})
+    return SampleIndex(table, tuple(infos), label_names, dataset)
+
+
+def _with_label_texts(index: SampleIndex, table: pa.Table) -> pa.Table:
+    """Rows as `_scan` gives them: `_SCHEMA` without `tar`, labels as text."""
+    labels = table.column("label")
+    if index.label_names is None:
+        texts = labels.cast(pa.string())
+    else:
+        texts = pc.take(pa.array(index.label_names, pa.string()), labels)
+    columns = [texts if name == "label" else table.column(name) for name in _SCAN_SCHEMA.names]
+    return pa.Table.from_arrays(columns, schema=_SCAN_SCHEMA)
 
 
 # --- which tars ---------------------------------------------------------------------------------

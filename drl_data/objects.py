@@ -1,6 +1,6 @@
 """Bytes at a URL: one small interface over the local disk, object storage and fsspec.
 
-    LocalFolder     file paths: positioned reads, atomic writes (rename, hard link for create)
+    LocalFolder     file paths: positioned reads, atomic writes (rename; exclusive.py for create)
     ObstoreFolder   s3:// gs:// az:// http(s)://: obstore carries the bytes
     FsspecFolder    every other URL that fsspec knows (memory://, hdfs://, sftp:// ...)
 
@@ -29,6 +29,7 @@ from obstore.exceptions import AlreadyExistsError, NotFoundError, PreconditionEr
 from obstore.store import HTTPStore, S3Store, from_url
 
 from drl_data.errors import ForkError, ObjectError, ObjectNotFoundError
+from drl_data.exclusive import place_if_absent
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, ObjectStore, S3Config, S3Credential
@@ -62,8 +63,8 @@ class Folder(Protocol):
     def put(self, path: str, parts: Sequence[Buffer]) -> None:
         """Write the concatenation of `parts` as one object, whole or not at all."""
 
-    def put_if_absent(self, path: str, data: Buffer) -> bool:
-        """Write unless the object exists, atomically; False if it does."""
+    def put_if_absent(self, path: str, parts: Sequence[Buffer]) -> bool:
+        """As `put` unless the object exists, atomically; False if it does."""
 
     def head(self, path: str) -> ObjectInfo:
         """Size and tag of one object."""
@@ -123,14 +124,10 @@ class LocalFolder:
         with _local_errors(target), self._temporary(target, parts) as name:
             os.replace(name, target)
 
-    def put_if_absent(self, path: str, data: Buffer) -> bool:
+    def put_if_absent(self, path: str, parts: Sequence[Buffer]) -> bool:
         target = self.root / path
-        with _local_errors(target), self._temporary(target, [data]) as name:
-            try:
-                os.link(name, target)
-            except FileExistsError:
-                return False
-        return True
+        with _local_errors(target), self._temporary(target, parts) as name:
+            return place_if_absent(name, target)
 
     @contextlib.contextmanager
     def _temporary(self, target: Path, parts: Sequence[Buffer]) -> Iterator[str]:
@@ -214,10 +211,10 @@ class ObstoreFolder:
         with _remote_errors(self.url, path):
             obstore.put(self.store, path, _joined(parts), use_multipart=False)
 
-    def put_if_absent(self, path: str, data: Buffer) -> bool:
+    def put_if_absent(self, path: str, parts: Sequence[Buffer]) -> bool:
         with _remote_errors(self.url, path):
             try:
-                obstore.put(self.store, path, bytes(data), mode="create", use_multipart=False)
+                obstore.put(self.store, path, _joined(parts), mode="create", use_multipart=False)
             except (AlreadyExistsError, PreconditionError):
                 return False
         return True
@@ -237,6 +234,11 @@ class ObstoreFolder:
     def delete(self, path: str) -> None:
         with contextlib.suppress(ObjectNotFoundError), _remote_errors(self.url, path):
             obstore.delete(self.store, path)
+
+    def copy(self, path: str, to: str) -> None:
+        """Copy one object to another name below this URL inside the server."""
+        with _remote_errors(self.url, path):
+            obstore.copy(self.store, path, to)
 
     def local_path(self, path: str) -> Path | None:
         return None
@@ -274,12 +276,12 @@ class FsspecFolder:
             self._fs.makedirs(self._full(path).rpartition("/")[0], exist_ok=True)
             self._fs.pipe_file(self._full(path), bytes(_joined(parts)))
 
-    def put_if_absent(self, path: str, data: Buffer) -> bool:
+    def put_if_absent(self, path: str, parts: Sequence[Buffer]) -> bool:
         with _remote_errors(self.url, path):
             self._fs.makedirs(self._full(path).rpartition("/")[0], exist_ok=True)
             try:
                 with self._creating:
-                    self._fs.pipe_file(self._full(path), bytes(data), mode="create")
+                    self._fs.pipe_file(self._full(path), bytes(_joined(parts)), mode="create")
             except FileExistsError:
                 return False
         return True

@@ -6,7 +6,7 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from drl_data.buckets import split_into_buckets
 from drl_data.conditions import extremes
 from drl_data.diffusion_spec import ConditionSpec, ScheduleSpec
 from drl_data.errors import SpecError
-from drl_data.executors import Outcome, run_local, run_ray
+from drl_data.executors import Outcome, Task, run_local, run_ray
 from drl_data.extract import UnitResult, condition_files, make_task
 from drl_data.flops import FeatureFlops
 from drl_data.index import SampleIndex, build_index, is_current
@@ -26,7 +26,9 @@ from drl_data.noise_bank import by_content, read_bank
 from drl_data.pipeline import Pipeline, StoreSpec
 from drl_data.plan import Unit, auto_rows_per_unit, select_units
 from drl_data.progress import SILENT, Progress
+from drl_data.receipts import Reused
 from drl_data.resolve import count_feature_flops, resolve_features
+from drl_data.reuse_task import make_reuse_task, open_reusable
 from drl_data.spec import ArraySpec, BackboneSpec, FeatureSpec, ResolvedTime
 from drl_data.store import FeatureStore
 from drl_data.threads import one_thread
@@ -70,6 +72,8 @@ class RunSummary:
     n_bytes: int = 0
     n_found: int = 0
     """Units that another run signed while this one ran."""
+    reused: dict[str, Reused] = field(default_factory=dict)
+    """URL of an older store -> what was copied from it."""
     wall_s: float = 0.0
     stage_s: Counter[str] = field(default_factory=Counter)
     failed: list[tuple[Unit, str]] = field(default_factory=list)
@@ -233,6 +237,8 @@ def extract(
     prepared = prepare(pipeline, index=index)
     prepared.model.check_weights()
     _, _, store_spec = required_sections(pipeline)
+    for url in store_spec.reuse:
+        open_reusable(url, store_spec.url, prepared.spec)
     store = FeatureStore.create(
         store_spec.url, prepared.spec, prepared.arrays, prepared.times, prepared.index
     )
@@ -263,7 +269,7 @@ def run(pipeline: Pipeline, units: Sequence[Unit]) -> Iterator[Outcome[UnitResul
     settings = pipeline.run
     local = settings.executor == "local"
     n_cpus = torch.get_num_threads() if local else max(int(settings.cpus_per_worker), 1)
-    task = partial(
+    extracting = partial(
         make_task,
         store_spec.url,
         backbone,
@@ -272,6 +278,9 @@ def run(pipeline: Pipeline, units: Sequence[Unit]) -> Iterator[Outcome[UnitResul
         n_cpus,
         noise_file=pipeline.noise.file,
     )
+    task: Callable[[], Task[UnitResult | None]] = extracting
+    if store_spec.reuse:
+        task = partial(make_reuse_task, extracting, store_spec, backbone, settings.memory_bytes)
     leases = settings.leases or n_cpus + 2
     if local:
         return run_local(task, units, leases=leases, max_attempts=settings.max_attempts)
@@ -316,3 +325,5 @@ def _add(summary: RunSummary, outcome: Outcome[UnitResult | None]) -> None:
     summary.n_invalid += receipt.n_invalid
     summary.n_bytes += sum(record.n_bytes for record in receipt.objects)
     summary.stage_s.update(receipt.run.seconds)
+    for more in receipt.run.reused:
+        summary.reused[more.store] = more.added_to(summary.reused.get(more.store))

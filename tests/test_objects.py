@@ -116,8 +116,8 @@ def test_short_reads_are_errors(folder_url: str, start: int, stop: int) -> None:
 
 def test_put_if_absent(folder_url: str) -> None:
     folder = open_folder(folder_url)
-    assert folder.put_if_absent("a/x", b"first")
-    assert not folder.put_if_absent("a/x", b"second")
+    assert folder.put_if_absent("a/x", [b"fi", b"rst"])
+    assert not folder.put_if_absent("a/x", [b"second"])
     assert folder.get("a/x") == b"first"
 
 
@@ -138,7 +138,7 @@ def test_sixteen_threads_and_one_winner(folder_url: str) -> None:
 
         def put(member: int, trial: int = trial, barrier: Barrier = barrier) -> bool:
             barrier.wait()
-            return folder.put_if_absent(f"x/{trial}", str(member).encode())
+            return folder.put_if_absent(f"x/{trial}", [str(member).encode()])
 
         with ThreadPoolExecutor(16) as pool:
             won = list(pool.map(put, range(16)))
@@ -148,8 +148,8 @@ def test_sixteen_threads_and_one_winner(folder_url: str) -> None:
 
 def test_local_writes_leave_nothing_behind(tmp_path: Path) -> None:
     folder = LocalFolder(tmp_path)
-    folder.put_if_absent("x", b"first")
-    folder.put_if_absent("x", b"second")
+    folder.put_if_absent("x", [b"first"])
+    folder.put_if_absent("x", [b"second"])
     folder.put("x", [b"third"])
     assert os.listdir(tmp_path) == ["x"]
     assert folder.local_path("x") == tmp_path / "x"
