@@ -27,6 +27,7 @@ from drl_data.pipeline import Pipeline, StoreSpec
 from drl_data.stopping import Stop
 
 if TYPE_CHECKING:
+    from drl_data.receipts import Reused
     from drl_data.repair import Repair
     from drl_data.runs import Prepared, RunSummary
     from drl_data.store import FeatureStore
@@ -275,12 +276,19 @@ def extract(
     repair: Annotated[
         bool, typer.Option("--repair", help="Read the store first; make what is damaged again.")
     ] = False,
+    reuse: Annotated[
+        list[str] | None,
+        typer.Option("--reuse", help="Copy what this older store has of it; repeatable."),
+    ] = None,
 ) -> None:
     """Compute what is pending in a pipeline's store; run it again to resume."""
     from drl_data.progress import console_progress
     from drl_data.runs import extract_all
 
     pipeline = _load(file, tars, store)
+    if reuse and pipeline.store is not None:
+        changed = pipeline.store.model_copy(update={"reuse": tuple(reuse)})
+        pipeline = pipeline.model_copy(update={"store": changed})
     given = {
         "executor": executor, "workers": workers, "gpus_per_worker": gpus, "address": address
     }  # fmt: skip
@@ -310,6 +318,29 @@ def _exit_now(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+@app.command()
+def merge(
+    urls: Annotated[list[str], typer.Argument(metavar="STORE...", help="Finished stores.")],
+    target: Annotated[str, typer.Option("--out", help="Folder or URL of the new store.")],
+) -> None:
+    """Join stores of other samples, or of other taps or timesteps of the same samples."""
+    from drl_data.merge import merge as run_merge
+    from drl_data.progress import console_progress
+
+    summary = run_merge(urls, target, progress=console_progress())
+    for old in summary.reused.values():
+        out.print(f"of {escape(old.store)}: {describe_reused(old)}", soft_wrap=True)
+    for unit, message in summary.failed:
+        err.print(f"[red]unit {unit.id} failed:[/] {escape(message)}", soft_wrap=True)
+    state = "sealed" if summary.store.sealed else "not finished"
+    out.print(
+        f"{target}: {state}, {summary.n_pending - len(summary.failed)} of {summary.n_units} units "
+        "merged now",
+        soft_wrap=True,
+    )
+    raise typer.Exit(1 if _print_invalid(summary.store) or summary.failed else 0)
 
 
 @app.command()
@@ -487,7 +518,8 @@ def _load(file: Path, tars: list[str] | None, store: str | None) -> Pipeline:
         dataset = pipeline.dataset.model_copy(update={"tars": splits})
         pipeline = pipeline.model_copy(update={"dataset": dataset})
     if store is not None:
-        pipeline = pipeline.model_copy(update={"store": StoreSpec(url=store)})
+        reuse = () if pipeline.store is None else pipeline.store.reuse
+        pipeline = pipeline.model_copy(update={"store": StoreSpec(url=store, reuse=reuse)})
     return pipeline
 
 
@@ -564,6 +596,8 @@ def _print_summary(summary: RunSummary) -> bool:
         )
         stages = ", ".join(f"{name} {s:.1f}" for name, s in summary.stage_s.items())
         out.print(f"seconds by stage, over all threads: {stages}", soft_wrap=True)
+    for old in summary.reused.values():
+        out.print(f"reused of {escape(old.store)}: {describe_reused(old)}", soft_wrap=True)
     for unit, message in summary.failed:
         err.print(f"[red]unit {unit.id} failed:[/] {escape(message)}", soft_wrap=True)
     return not _print_invalid(summary.store) and not summary.failed
@@ -582,6 +616,14 @@ def _print_repair(repaired: Repair) -> None:
         )
     if repaired.unsealed:
         out.print("repaired: the seal was removed; a complete store is sealed again")
+
+
+def describe_reused(old: Reused) -> str:
+    """What was copied from an older store, in words."""
+    return (
+        f"{old.features} features of {old.rows} rows; {old.linked} objects linked, {old.copied} "
+        f"copied by the server, {old.rewritten} read and written whole"
+    )
 
 
 def _print_invalid(store: FeatureStore) -> int:

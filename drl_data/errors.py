@@ -19,7 +19,7 @@ DrlDataError
 ├── ForkError                 a handle that does not survive fork() was used in a forked process
 ├── StoppedError              a unit given back, because the run was told to stop
 └── ExecutionError            workers died, or units failed more often than allowed
-    ├── HostMemoryError       the host without memory for a unit; it may have some the next time
+    ├── HostMemoryError       the host without memory for a unit, as MemoryError is
     ├── DeviceMemoryError     a GPU without enough memory for the model, or for one image
     └── DeviceLostError       a GPU whose context is broken: this process cannot use it again
 """
@@ -148,8 +148,9 @@ class ExecutionError(DrlDataError):
     """Workers died, or units failed more often than allowed."""
 
 
-class HostMemoryError(ExecutionError):
-    """The host had too little memory for a unit; with fewer others at work it may suffice."""
+class HostMemoryError(ExecutionError, MemoryError):
+    """The host had too little memory for a unit: executors take the worker for dead, and search for
+    the sample that exhausts memory if it happens again."""
 
 
 class DeviceMemoryError(ExecutionError):

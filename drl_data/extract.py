@@ -38,6 +38,7 @@ from drl_data.images import read_batches
 from drl_data.index import SampleIndex, TarInfo
 from drl_data.metering import ByteBudget, Clock, take
 from drl_data.noise_bank import bank_digest, read_bank
+from drl_data.numerics import COUNTS_BYTES
 from drl_data.pipeline import RunSpec
 from drl_data.plan import Lease, Unit
 from drl_data.receipts import Receipt, RunRecord, TarRecord, UnitCounts
@@ -70,7 +71,8 @@ class ExtractTask:
     ) -> None:
         self._store = store
         self._conditions = conditions
-        self._fits = dict(fits or {})
+        self.fits = dict(fits or {})
+        """Array -> CRC-32C of the fitted reduction that it is reduced by."""
         self._spec = store.spec
         self._index = store.index
         self._run = run
@@ -79,6 +81,8 @@ class ExtractTask:
         self._computers: queue.SimpleQueue[FeatureComputer] = queue.SimpleQueue()
         for computer in computers:
             self._computers.put(computer)
+        self.identity = run_identity(self._device)
+        """Where this is and with what, as receipts record it."""
         self._budget = ByteBudget(run.memory_bytes)
         self._prefetch_bytes = max(run.memory_bytes // 32, 1)
 
@@ -119,7 +123,9 @@ class ExtractTask:
             StoppedError: the run was told to stop meanwhile.
         """
         n_times = len(self._store.times)
-        per_row = sum(a.n_cells(n_times) * a.bytes_per_row for a in self._store.arrays)
+        per_row = sum(
+            a.n_cells(n_times) * (a.bytes_per_row + COUNTS_BYTES) for a in self._store.arrays
+        )
         n_bytes = unit.n_rows * per_row + self._prefetch_bytes
         with self._budget.reserve(n_bytes, stop.check_begin):
             yield
@@ -175,12 +181,6 @@ class ExtractTask:
             finally:
                 self._computers.put(computer)
 
-    def identity(self) -> RunRecord:
-        """Where this is and with what, as receipts record it."""
-        return RunRecord(
-            host=socket.gethostname(), device=_device_name(self._device), versions=versions()
-        )
-
     def write(
         self, unit: Unit, computed: UnitFeatures, *, clock: Clock, attempt: int = 1
     ) -> UnitResult:
@@ -191,26 +191,24 @@ class ExtractTask:
             ConflictError: the unit is signed with other content.
             ObjectError: storage that failed.
         """
-        changes = {
-            "seconds": clock.seconds(),
-            "peak_bytes": _peak_bytes(self._device),
-            "attempt": attempt,
-            "damage": computed.damage,
-            "tars": tar_records(self._index, unit),
-            "retries": clock.retries.value,
-            "micro_batch": computed.micro_batch,
-        }
-        run = self.identity().model_copy(update=changes)
+        run = unit_record(
+            self.identity, self._index, unit, clock, attempt, [computed], self._device
+        )
         counts = UnitCounts(
             samples=self._index.digest_rows(unit.start, unit.stop),
             input_bytes=computed.input_bytes,
             clipped=computed.clipped,
             non_finite=computed.non_finite,
-            fits=self._fits,
+            fits=self.fits,
         )
         features = {name: as_numpy(x) for name, x in computed.features.items()}
         receipt = self._store.write(unit, features, computed.invalid, run, counts)
-        return UnitResult(receipt, computed=_is_of(receipt, run))
+        return UnitResult(receipt, computed=is_of(receipt, run))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone is."""
+        return self._device
 
 
 @dataclass(frozen=True)
@@ -221,10 +219,39 @@ class UnitResult:
     computed: bool
 
 
-def _is_of(receipt: Receipt, run: RunRecord) -> bool:
+def is_of(receipt: Receipt, run: RunRecord) -> bool:
     """Whether a receipt is of this very attempt: no two measure the same seconds."""
     seconds = {name: s for name, s in receipt.run.seconds.items() if name != "write"}
     return (seconds, receipt.run.host) == (run.seconds, run.host)
+
+
+def run_identity(device: torch.device) -> RunRecord:
+    """Where this is and with what, as receipts record it."""
+    return RunRecord(host=socket.gethostname(), device=_device_name(device), versions=_versions())
+
+
+def unit_record(
+    identity: RunRecord,
+    index: SampleIndex,
+    unit: Unit,
+    clock: Clock,
+    attempt: int,
+    parts: Sequence[UnitFeatures],
+    device: torch.device,
+) -> RunRecord:
+    """How a unit was computed: here and now, in one or more parts."""
+    micro_batches = [part.micro_batch for part in parts if part.micro_batch is not None]
+    return identity.model_copy(
+        update={
+            "seconds": clock.seconds(),
+            "peak_bytes": _peak_bytes(device),
+            "attempt": attempt,
+            "damage": {name: found for part in parts for name, found in part.damage.items()},
+            "tars": tar_records(index, unit),
+            "retries": clock.retries.value,
+            "micro_batch": min(micro_batches, default=None),
+        }
+    )
 
 
 def tar_records(index: SampleIndex, unit: Unit) -> tuple[TarRecord, ...]:
@@ -360,7 +387,7 @@ def _frozen_taps(backbone: Backbone, store: FeatureStore) -> tuple[ResolvedTap, 
 
 
 def as_numpy(x: Tensor) -> np.ndarray:
-    """Features as the store takes them."""
+    """The same memory as the store takes it: bfloat16 as its bits."""
     return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
@@ -376,8 +403,7 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
-def versions() -> dict[str, str]:
-    """Of what changes the bits of features: Python and the packages that compute."""
+def _versions() -> dict[str, str]:
     found = {"python": sys.version.split()[0]}
     for package in RECORDED_PACKAGES:
         try:

@@ -58,8 +58,12 @@ def fitted(
             "are done depend on it: restore it from a backup, or extract into another store"
         )
     if missing:
-        for name, made in _fit(store, computer, conditions, missing, run, micro_batches).items():
-            store.folder.put_if_absent(fit_path(name), [made])
+        # As many samples as the tap that wants most, fitted or not: which samples they are must not
+        # depend on which fits are there already.
+        n_samples = max(n for tap in wanted if (found := pca_of(tap.reduce)) for n in found[2:])
+        made = _fit(store, computer, conditions, missing, n_samples, run, micro_batches)
+        for name, fit in made.items():
+            store.folder.put_if_absent(fit_path(name), [fit])
     fits: dict[str, list[Pca]] = {}
     checksums: dict[str, int] = {}
     for tap in wanted:
@@ -101,17 +105,19 @@ def _fit(
     computer: FeatureComputer,
     conditions: SampleConditions,
     taps: Sequence[ResolvedTap],
+    n_samples: int,
     run: RunSpec,
     micro_batches: MicroBatches,
 ) -> dict[str, bytes]:
-    """Array -> bytes of its fit, from the first view of samples spread evenly over the rows."""
+    """Array -> bytes of its fit, from the first view of `n_samples` samples, or of as many of them
+    as it wants, spread evenly over the rows."""
     settings = {tap.name: found for tap in taps if (found := pca_of(tap.reduce))}
     before = [replace(tap, reduce=tap.reduce[: settings[tap.name][0]]) for tap in taps]
     computer_before = computer.with_taps(before)
     moments: dict[tuple[str, int], Moments] = {}
     n_wanted = {name: n for name, (_, _, n) in settings.items()}
     n_seen = 0
-    for batch in _spread_batches(store, max(n_wanted.values()), run):
+    for batch in _spread_batches(store, n_samples, run):
         told = conditions.batch(batch.start, batch.n_rows, len(batch.pixels))
         bad = {row.row - batch.start for row in (*batch.invalid, *told.invalid)}
         rows = [i for i in range(batch.n_rows) if i not in bad]

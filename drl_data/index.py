@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -27,7 +28,7 @@ from drl_data.errors import InputError, ObjectNotFoundError, is_redacted, redact
 from drl_data.objects import Buffer, Folder, open_parent, split_url
 from drl_data.progress import SILENT, Progress
 from drl_data.spec import DatasetSpec
-from drl_data.spec_base import canonical_json
+from drl_data.spec_base import StrTuple, canonical_json
 from drl_data.tar import GzipSource, Member, RangedSource, open_source, walk_files
 from drl_data.urls import expand_urls as expand_urls
 from drl_data.urls import missing
@@ -333,6 +334,55 @@ def if_current(
         found = list(pool.map(head, tars))
     same = found == [(tar.size, tar.etag) for tar in index.tars]
     return index.with_urls([url for _, url in tars]) if same else None
+
+
+def joined_index(indices: Sequence[SampleIndex]) -> SampleIndex:
+    """The index of all samples together, as `build_index` finds it in all tars: of each split the
+    tars of the first index, then those of the next; splits in the order in which they are met.
+
+    Raises:
+        InputError: tars that were read by other rules, or one that is in several indices.
+    """
+    first = indices[0].dataset
+    rules = {"image", "label", "caption"}
+    for index in indices[1:]:
+        if index.dataset.model_dump(include=rules) != first.model_dump(include=rules):
+            raise InputError(
+                f"tars were indexed by other rules: {index.dataset.model_dump(include=rules)} and "
+                f"{first.model_dump(include=rules)}; index them alike"
+            )
+    urls = Counter(tar.url for index in indices for tar in index.tars)
+    twice = [url for url, n in urls.items() if n > 1]
+    if twice:
+        raise InputError(f"{twice[0]}: in several of the indices; its samples would count twice")
+    splits: dict[str, StrTuple] = {}
+    for index in indices:
+        for split, patterns in index.dataset.tars.items():
+            splits[split] = (*splits.get(split, ()), *patterns)
+    order = list(splits)
+    infos: list[TarInfo] = []
+    tables: list[pa.Table] = []
+    for split in order:
+        for index in indices:
+            for number, tar in enumerate(index.tars):
+                if tar.split == split:
+                    infos.append(tar)
+                    is_here = pc.equal(index.table.column("tar"), number)
+                    tables.append(_with_label_texts(index, index.table.filter(is_here)))
+    table, label_names = _joined(infos, tables)
+    dataset = first.model_copy(update={"tars": splits})
+    return SampleIndex(table, tuple(infos), label_names, dataset)
+
+
+def _with_label_texts(index: SampleIndex, table: pa.Table) -> pa.Table:
+    """Rows as `_scan` gives them: `_SCHEMA` without `tar`, labels as text."""
+    labels = table.column("label")
+    if index.label_names is None:
+        texts = labels.cast(pa.string())
+    else:
+        texts = pc.take(pa.array(index.label_names, pa.string()), labels)
+    columns = [texts if name == "label" else table.column(name) for name in _SCAN_SCHEMA.names]
+    return pa.Table.from_arrays(columns, schema=_SCAN_SCHEMA)
 
 
 # --- which tars ---------------------------------------------------------------------------------

@@ -26,6 +26,9 @@ from drl_data.store import FeatureStore
 
 Counts = npt.NDArray[np.int64]
 
+COUNTS_BYTES = 12
+"""Host memory that the counts of one row of one cell take."""
+
 
 @dataclass(frozen=True)
 class Settled:

@@ -36,11 +36,35 @@ class TarRecord(Spec):
     etag: str
 
 
+class Reused(Spec):
+    """What of a unit was copied from an older store instead of computed."""
+
+    store: str
+    """URL, without its secrets."""
+    rows: Count = 0
+    """Rows of which anything was copied."""
+    features: Count = 0
+    """Features that were copied: one for each row, array, timestep and view."""
+    linked: Count = 0
+    """Whole objects that are hard links."""
+    copied: Count = 0
+    """Whole objects that the storage server copied."""
+    rewritten: Count = 0
+    """Whole objects whose bytes were read and written."""
+
+    def added_to(self, other: Reused | None) -> Reused:
+        """Both together."""
+        if other is None:
+            return self
+        a, b = (one.model_dump(exclude={"store"}) for one in (self, other))
+        return Reused(store=self.store, **{name: n + b[name] for name, n in a.items()})
+
+
 class RunRecord(Spec):
     """How a unit was computed: seconds by stage, peak memory, where, with what. Never content."""
 
     seconds: dict[str, float] = Field(default_factory=dict)
-    """Keys: read, decode, condition, encode, denoise, copy, write, wait."""
+    """Keys: read, decode, condition, encode, denoise, copy, reuse, write, wait."""
     peak_bytes: Count = 0
     """Peak of the device's memory, 0 on a CPU."""
     host: str = ""
@@ -57,6 +81,8 @@ class RunRecord(Spec):
     """Images of one forward, where a whole batch did not fit the device's memory."""
     adopted: tuple[str, ...] = ()
     """Objects that an earlier attempt had written and that were kept."""
+    reused: tuple[Reused, ...] = ()
+    """What was copied from older stores (`drl extract --reuse`, `drl merge`)."""
 
 
 class NonFinite(Spec):

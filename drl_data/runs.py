@@ -6,7 +6,7 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from drl_data.answers import Task
 from drl_data.backbones import Model, ModelFolder, find_model
 from drl_data.buckets import split_into_buckets
 from drl_data.conditions import extremes
@@ -28,6 +29,7 @@ from drl_data.noise_bank import by_content, read_bank
 from drl_data.pipeline import Pipeline, StoreSpec
 from drl_data.plan import Unit, auto_rows_per_unit, select_units
 from drl_data.progress import SILENT, Progress
+from drl_data.receipts import Reused
 from drl_data.repair import (
     Repair,
     readable_store,
@@ -38,6 +40,7 @@ from drl_data.repair import (
     sound_index,
 )
 from drl_data.resolve import count_feature_flops, resolve_features
+from drl_data.reuse_task import make_reuse_task, open_reusable
 from drl_data.spec import ArraySpec, BackboneSpec, FeatureSpec, ResolvedTime
 from drl_data.stopping import Stop
 from drl_data.store import FeatureStore
@@ -86,6 +89,8 @@ class RunSummary:
     n_bytes: int = 0
     n_found: int = 0
     """Units that another run signed while this one ran."""
+    reused: dict[str, Reused] = field(default_factory=dict)
+    """URL of an older store -> what was copied from it."""
     wall_s: float = 0.0
     stage_s: Counter[str] = field(default_factory=Counter)
     failed: list[tuple[Unit, str]] = field(default_factory=list)
@@ -273,6 +278,8 @@ def extract(
     prepared.model.check_weights()
     _, _, store_spec = required_sections(pipeline)
     described = Described(prepared.spec, prepared.arrays, prepared.times)
+    for url in store_spec.reuse:
+        open_reusable(url, store_spec.url, prepared.spec)
     repaired = restore_root(store_spec.url, described) if repair else Repair()
     store = FeatureStore.create(store_spec.url, *described, prepared.index)
     units = [u for u in store.units if limit is None or u.start < limit]
@@ -335,7 +342,7 @@ def run(
     settings = pipeline.run
     local = settings.executor == "local"
     n_cpus = torch.get_num_threads() if local else max(int(settings.cpus_per_worker), 1)
-    task = partial(
+    extracting = partial(
         make_task,
         store_spec.url,
         backbone,
@@ -351,6 +358,9 @@ def run(
         settings.max_deaths_per_worker,
         settings.max_failed_in_a_row,
     )
+    task: Callable[[], Task[UnitResult | None]] = extracting
+    if store_spec.reuse:
+        task = partial(make_reuse_task, extracting, store_spec, backbone, settings.memory_bytes)
     if local:
         return run_local(task, units, limits=limits, stop=stop)
     workers = Workers(settings.workers, settings.gpus_per_worker, settings.cpus_per_worker)
@@ -399,3 +409,5 @@ def _add(summary: RunSummary, outcome: Outcome[UnitResult | None]) -> None:
     summary.n_invalid += receipt.n_invalid
     summary.n_bytes += sum(record.n_bytes for record in receipt.objects)
     summary.stage_s.update(receipt.run.seconds)
+    for more in receipt.run.reused:
+        summary.reused[more.store] = more.added_to(summary.reused.get(more.store))

@@ -325,7 +325,8 @@ class NumericSpec(Spec):
     one, or list their rows as invalid. They are counted in each case."""
     non_finite: Literal["error", "clip", "invalid"] = "error"
     """NaN and infinite values as computed: fail the unit, store 0 for NaN and the largest value for
-    an infinity, or list their rows as invalid. They are counted in each case."""
+    an infinity (of the type; of a quantised array the largest finite one under its scale), or list
+    their rows as invalid. They are counted in each case."""
 
     @model_validator(mode="after")
     def _batches_fill_units(self) -> NumericSpec:

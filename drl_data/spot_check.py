@@ -16,7 +16,7 @@ from torch import Tensor
 
 from drl_data.compare import compare_rows, relative_difference, tolerance
 from drl_data.errors import InputError, SpecError
-from drl_data.extract import ExtractTask, as_numpy, make_task, versions
+from drl_data.extract import ExtractTask, as_numpy, make_task
 from drl_data.pipeline import Pipeline
 from drl_data.plan import Unit
 from drl_data.receipts import Receipt
@@ -154,12 +154,9 @@ def _check_unit(
 
 def _is_exact(task: ExtractTask, receipt: Receipt) -> bool:
     """Whether a unit was computed by this machine's CPU, by the same versions."""
-    then, now = receipt.run, task.identity()
-    return now.device == "cpu" and (then.device, then.host, then.versions) == (
-        now.device,
-        now.host,
-        versions(),
-    )
+    then, now = receipt.run, task.identity
+    same = (then.device, then.host, then.versions) == (now.device, now.host, now.versions)
+    return now.device == "cpu" and same
 
 
 def _compared(

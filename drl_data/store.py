@@ -28,6 +28,7 @@ from drl_data.index import SampleIndex, TarInfo
 from drl_data.objects import Folder, open_folder
 from drl_data.plan import InvalidRow, Unit, plan_units
 from drl_data.receipts import (
+    ObjectRecord,
     Receipt,
     RunRecord,
     UnitCounts,
@@ -272,6 +273,7 @@ class FeatureStore:
         invalid: Sequence[InvalidRow],
         run: RunRecord,
         counts: UnitCounts = NO_COUNTS,
+        present: Sequence[ObjectRecord] = (),
     ) -> Receipt:
         """Write one whole unit and sign it; the first signature wins.
 
@@ -282,6 +284,9 @@ class FeatureStore:
         checked before the first byte is written. Nothing is overwritten: an object that an earlier
         attempt left is kept if it is equal but for rounding, and listed in `run.adopted`; a unit
         that is signed already is not written again. The receipt returned is the one in the store.
+        `present` are shards that are there already (copying.py), with those of their scales and
+        offsets: they are signed as they are said to be, what `features` has in their place means
+        nothing, and an array that is there altogether may be left out.
 
         Raises:
             AlignmentError: the unit is not one of `units`.
@@ -289,7 +294,7 @@ class FeatureStore:
                 `counts.samples` that are not the digest of the unit's rows.
             ConflictError: the unit is signed, or was begun, with other content.
         """
-        return UnitWriter(self).write(unit, features, invalid, run, counts)
+        return UnitWriter(self).write(unit, features, invalid, run, counts, present)
 
     def valid_chunk(self, unit: Unit, invalid: Iterable[InvalidRow]) -> bytes:
         """The unit's chunk of the array `valid`: one byte a row, padded to a whole unit."""
@@ -398,7 +403,10 @@ class FeatureStore:
             TapError: no such array, timestep or view.
             StoreError: a row that is out of range or not written, or a damaged shard.
         """
-        cell = self._checked_cell(name, time_index, view)
+        return self.read_cell(name, self._checked_cell(name, time_index, view), rows)
+
+    def read_cell(self, name: str, cell: int, rows: npt.ArrayLike) -> Array:
+        """`read_rows` of a cell: a timestep of a view, as `shards` counts them."""
         wanted = np.asarray(rows, np.int64).reshape(-1)
         if wanted.size and not 0 <= wanted.min() <= wanted.max() < self.spec.n_samples:
             raise StoreError(

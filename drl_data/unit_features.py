@@ -19,7 +19,8 @@ from torch import Tensor
 
 from drl_data.backbones import Conditioning
 from drl_data.conditions import SampleConditions
-from drl_data.device_memory import MicroBatches
+from drl_data.device_memory import MicroBatches, is_out_of_memory
+from drl_data.errors import HostMemoryError
 from drl_data.features import FeatureComputer
 from drl_data.images import ImageBatch
 from drl_data.metering import Clock
@@ -64,11 +65,25 @@ class UnitFeatures:
 
 
 def empty_features(store: FeatureStore, unit: Unit, *, pinned: bool = False) -> dict[str, Tensor]:
-    """Host memory for the features of a unit, as `UnitFeatures.features` has them."""
-    return {
-        array.name: storage_buffer(array, (store.n_cells(array.name), unit.n_rows), pinned=pinned)
-        for array in store.arrays
-    }
+    """Host memory for the features of a unit, as `UnitFeatures.features` has them.
+
+    Raises:
+        HostMemoryError: there is not so much that the GPU can write to.
+    """
+    cells = {array.name: store.n_cells(array.name) for array in store.arrays}
+    try:
+        return {
+            array.name: storage_buffer(array, (cells[array.name], unit.n_rows), pinned=pinned)
+            for array in store.arrays
+        }
+    except RuntimeError as error:
+        if not (pinned and is_out_of_memory(error)):
+            raise
+        n_bytes = unit.n_rows * sum(a.bytes_per_row * cells[a.name] for a in store.arrays)
+        raise HostMemoryError(
+            f"{store.url}, unit {unit.id}: the host cannot pin {n_bytes} bytes of memory for its "
+            "features; set a smaller `run.leases` or `features.rows_per_unit`"
+        ) from error
 
 
 class UnitPass:
@@ -90,6 +105,7 @@ class UnitPass:
         """`ask` is called before each forward, and may raise to end the pass. `into` has the memory
         that is filled, if there is any."""
         self._store, self._unit, self._spec = store, unit, store.spec
+        _check_times(store, selection.times or {})
         self._computer, self._conditions, self._selection = computer, conditions, selection
         self._clock, self._ask, self._micro_batches = clock, ask, micro_batches
         pinned = computer.backbone.device.type == "cuda"
@@ -202,6 +218,14 @@ class UnitPass:
                 if metered:
                     meter = self._meters[name][t, view, start] = DamageMeter()
                     meter.add(exact, from_storage(stored, array))
+
+
+def _check_times(store: FeatureStore, times: TapTimes) -> None:
+    for name, wanted in times.items():
+        array = store.array(name)
+        assert array.quantises is None, f"{name!r} comes with {array.quantises!r}"
+        averaged = array.timesteps == "mean" and wanted
+        assert not averaged or len(set(wanted)) == len(store.times), f"{name!r}: a mean over all"
 
 
 def noise_keys(batch: ImageBatch, images: ImageSpec) -> Iterator[list[str]]:

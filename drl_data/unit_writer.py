@@ -9,7 +9,7 @@ device or attempt are adopted, and the receipt signs what is there; anything els
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -74,6 +74,7 @@ class _Attempt:
     holes: list[int]
     """Positions of the invalid rows in the unit."""
     objects: Mapping[str, Parts]
+    """Path -> bytes, of those that were not there already as copies."""
     receipt: Receipt
 
 
@@ -101,6 +102,7 @@ class UnitWriter:
         invalid: Sequence[InvalidRow],
         run: RunRecord,
         counts: UnitCounts,
+        present: Sequence[ObjectRecord] = (),
     ) -> Receipt:
         """Write one unit and sign it, or agree with who has."""
         started = time.perf_counter()
@@ -108,13 +110,16 @@ class UnitWriter:
         check_unit(store, unit)
         invalid = sorted(invalid, key=lambda row: row.row)
         holes = self._check_invalid(unit, invalid)
-        self._check_features(unit, features, holes)
+        records = {record.path: record for record in present}
+        self._check_features(unit, features, holes, records.keys())
         objects: dict[str, Parts] = {
             path: store.layouts[name].parts(features[name][cell], holes)
             for name, cell, path in store.shards(unit)
+            if path not in records
         }
         valid_path = f"valid/c/{unit.id}"
         objects[valid_path] = [store.valid_chunk(unit, invalid)]
+        records |= {path: record_of(path, parts) for path, parts in objects.items()}
         mine = Receipt(
             fingerprint=store.fingerprint,
             unit=unit.id,
@@ -124,7 +129,9 @@ class UnitWriter:
             n_invalid=len(holes),
             invalid=tuple(invalid),
             counts=self._with_digest(unit, counts),
-            objects=tuple(record_of(path, parts) for path, parts in objects.items()),
+            objects=tuple(
+                records[path] for path in (*(p for _, _, p in store.shards(unit)), valid_path)
+            ),
             run=run,
         )
         attempt = _Attempt(unit, holes, objects, mine)
@@ -174,12 +181,17 @@ class UnitWriter:
         return holes
 
     def _check_features(
-        self, unit: Unit, features: Mapping[str, Array], holes: Sequence[int]
+        self,
+        unit: Unit,
+        features: Mapping[str, Array],
+        holes: Sequence[int],
+        present: Collection[str],
     ) -> None:
         store = self._store
         names = [a.name for a in store.arrays]
-        if features.keys() != set(names):
-            missing = sorted(set(names) - features.keys())
+        wanted = {name for name, _, path in store.shards(unit) if path not in present}
+        if not wanted <= features.keys() <= set(names):
+            missing = sorted(wanted - features.keys())
             unknown = sorted(features.keys() - set(names))
             raise FeatureError(
                 f"{self._place(unit)}: arrays missing {missing}, unknown {unknown}; want exactly "
@@ -193,17 +205,19 @@ class UnitWriter:
                     f"{self._place(unit)}, tap {name!r}: {array.dtype.name} {array.shape}, want "
                     f"{layout.stored.name} {want} (timestep, row, ...)"
                 )
-        for name, array in features.items():
-            for cell in range(store.n_cells(name)):
-                bad = np.setdiff1d(non_finite_rows(array[cell], store.layouts[name].dtype), holes)
-                if bad.size:
-                    row = unit.start + int(bad[0])
-                    raise FeatureError(
-                        f"{self._place(unit)}, tap {name!r}, timestep {store.time_of(name, cell)}: "
-                        f"{bad.size} rows are not finite, the first is row {row} (key "
-                        f"{store.index.table['key'][row].as_py()!r}); want finite values. Store "
-                        "as bfloat16 or float32, or set `overflow: clip`"
-                    )
+        for name, cell, path in store.shards(unit):
+            if path in present:
+                continue
+            rows = features[name][cell]
+            bad = np.setdiff1d(non_finite_rows(rows, store.layouts[name].dtype), holes)
+            if bad.size:
+                row = unit.start + int(bad[0])
+                raise FeatureError(
+                    f"{self._place(unit)}, tap {name!r}, timestep {store.time_of(name, cell)}: "
+                    f"{bad.size} rows are not finite, the first is row {row} (key "
+                    f"{store.index.table['key'][row].as_py()!r}); want finite values. Store "
+                    "as bfloat16 or float32, or set `overflow: clip`"
+                )
 
     # --- putting, once --------------------------------------------------------------------------
 
@@ -220,6 +234,7 @@ class UnitWriter:
             stored = {
                 name: self._put(path, objects[path], records[path])
                 for name, path in group.paths.items()
+                if path in objects
             }
             kept = {name: data for name, data in stored.items() if data is not None}
             found = tuple(
@@ -331,8 +346,9 @@ class UnitWriter:
         if signed.counts.fits != receipt.counts.fits:
             conflicts.append(f"fits {signed.counts.fits} there, {receipt.counts.fits} here")
         records = {record.path: record for record in signed.objects}
-        if records.keys() != mine.objects.keys():
-            return [*conflicts, f"objects {sorted(records.keys() ^ mine.objects)} in one only"]
+        paths = {one.path for one in receipt.objects}
+        if records.keys() != paths:
+            return [*conflicts, f"objects {sorted(records.keys() ^ paths)} in one only"]
         differing = {one.path for one in receipt.objects if records[one.path] != one}
         doubtful = [
             group
@@ -341,6 +357,8 @@ class UnitWriter:
         ]
 
         def judge(group: Group) -> str | None:
+            if not mine.objects.keys() & group.paths.values():
+                return f"{group.array.name} is a copy of another store here, and not there"
             try:
                 there = {name: self._folder.get(path) for name, path in group.paths.items()}
             except ObjectNotFoundError as error:

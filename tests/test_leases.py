@@ -439,9 +439,11 @@ def test_a_stop_does_not_wait_behind_others(photos: Path, ddpm: Path, tmp_path: 
                 computer = task._computers.get()
                 waiting = pool.submit(task, Lease(unit), stop)
                 stop.request(1000)
-                with pytest.raises(StoppedError):
-                    waiting.result(timeout=60)
-                task._computers.put(computer)
+                try:
+                    with pytest.raises(StoppedError):
+                        waiting.result(timeout=60)
+                finally:
+                    task._computers.put(computer)
             else:
                 with task.room(unit, Stop()):
                     waiting = pool.submit(task, Lease(unit), stop)
