@@ -7,12 +7,13 @@ message; 3 interrupted, run the same command again to resume.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -21,7 +22,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from drl_data.errors import DrlDataError, SpecError, UserError
-from drl_data.pipeline import Pipeline, StoreSpec
+from drl_data.pipeline import Pipeline, RunSpec, StoreSpec
+from drl_data.stopping import Stop
 
 if TYPE_CHECKING:
     from drl_data.receipts import Reused
@@ -58,7 +60,7 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a 
 def main() -> None:
     """Entry point: errors become messages and exit statuses."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+        signal.signal(number, _SIGNALS.hear)
     try:
         app()
     except _Interrupted:
@@ -76,8 +78,36 @@ class _Interrupted(BaseException):
     """Somebody wants this process to end; a KeyboardInterrupt would be typer's to handle."""
 
 
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise _Interrupted
+class _Signals:
+    """What SIGINT and SIGTERM do: end the command, or while units run ask for an end of the run."""
+
+    def __init__(self) -> None:
+        self._stop = Stop()
+        self._grace_s = 0.0
+
+    def ask(self, stop: Stop, grace_s: float) -> None:
+        """While this wish is heeded, the first signal is passed on to it."""
+        self._stop, self._grace_s = stop, grace_s
+
+    def hear(self, number: int, _frame: FrameType | None) -> None:
+        """The handler; it writes by itself, as the console may be at work on a line."""
+        if not self._stop.is_heeded:
+            raise _Interrupted
+        name = signal.Signals(number).name
+        if self._stop.requested:
+            os.write(
+                2, f"\n{name} again: ending at once; run the same command to resume\n".encode()
+            )
+            os._exit(3)  # child processes and actors end with their connection to this one
+        os.write(
+            2,
+            f"\n{name}: no unit begins now; those that run have {self._grace_s:g} s to finish. "
+            "Once more ends at once.\n".encode(),
+        )
+        self._stop.request(self._grace_s)
+
+
+_SIGNALS = _Signals()
 
 
 @app.callback()
@@ -217,10 +247,13 @@ def extract(
     file: PipelineFile,
     tars: OverrideTars = None,
     store: OverrideStore = None,
-    executor: Annotated[Literal["local", "ray"] | None, typer.Option(help="Where to run.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Ray actors.")] = None,
+    executor: Annotated[
+        Literal["local", "process", "ray"] | None,
+        typer.Option(help="Threads of this process, child processes, or a Ray cluster."),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Child processes or Ray actors.")] = None,
     gpus: Annotated[
-        float | None, typer.Option(help="GPUs of one actor; fractions allowed.")
+        float | None, typer.Option(help="GPUs of one worker; fractions allowed.")
     ] = None,
     address: Annotated[str | None, typer.Option(help="Address of a Ray cluster.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N samples.")] = None,
@@ -244,15 +277,29 @@ def extract(
     }  # fmt: skip
     changes = {key: value for key, value in given.items() if value is not None}
     run = type(pipeline.run).model_validate({**pipeline.run.model_dump(), **changes})
+    stop = Stop()
+    _SIGNALS.ask(stop, run.grace_s)
     summaries = extract_all(
         pipeline.model_copy(update={"run": run}),
         limit=limit,
         part=_parse_part(units),
         shuffle_seed=shuffle,
         progress=console_progress(),
+        stop=stop,
     )
     incomplete = [summary for summary in summaries if not _print_summary(summary)]
+    n_left = sum(summary.n_left for summary in summaries)
+    if n_left:
+        err.print(f"interrupted, {n_left} units left; run the same command again to resume")
+        _exit_now(3)
     raise typer.Exit(1 if incomplete else 0)
+
+
+def _exit_now(status: int) -> NoReturn:
+    """End without waiting for threads that compute still."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 @app.command()
@@ -264,17 +311,22 @@ def merge(
     from drl_data.merge import merge as run_merge
     from drl_data.progress import console_progress
 
-    summary = run_merge(urls, target, progress=console_progress())
+    stop = Stop()
+    _SIGNALS.ask(stop, RunSpec().grace_s)
+    summary = run_merge(urls, target, progress=console_progress(), stop=stop)
     for old in summary.reused.values():
         out.print(f"of {escape(old.store)}: {describe_reused(old)}", soft_wrap=True)
     for unit, message in summary.failed:
         err.print(f"[red]unit {unit.id} failed:[/] {escape(message)}", soft_wrap=True)
     state = "sealed" if summary.store.sealed else "not finished"
     out.print(
-        f"{target}: {state}, {summary.n_pending - len(summary.failed)} of {summary.n_units} units "
-        "merged now",
+        f"{target}: {state}, {summary.n_pending - summary.n_left - len(summary.failed)} of "
+        f"{summary.n_units} units merged now",
         soft_wrap=True,
     )
+    if summary.n_left:
+        err.print(f"interrupted, {summary.n_left} units left; run the same command again to resume")
+        _exit_now(3)
     raise typer.Exit(1 if _print_invalid(summary.store) or summary.failed else 0)
 
 

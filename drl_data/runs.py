@@ -6,22 +6,25 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from drl_data.answers import Task
 from drl_data.backbones import Model, ModelFolder, find_model
 from drl_data.buckets import split_into_buckets
 from drl_data.conditions import extremes
 from drl_data.diffusion_spec import ConditionSpec, ScheduleSpec
 from drl_data.errors import SpecError
-from drl_data.executors import Outcome, Task, run_local, run_ray
+from drl_data.executors import Workers, run_local, run_process, run_ray
 from drl_data.extract import UnitResult, condition_files, make_task
 from drl_data.flops import FeatureFlops
 from drl_data.index import SampleIndex, build_index, is_current
+from drl_data.leases import Limits, Outcome
 from drl_data.noise_bank import by_content, read_bank
 from drl_data.pipeline import Pipeline, StoreSpec
 from drl_data.plan import Unit, auto_rows_per_unit, select_units
@@ -30,6 +33,7 @@ from drl_data.receipts import Reused
 from drl_data.resolve import count_feature_flops, resolve_features
 from drl_data.reuse_task import make_reuse_task, open_reusable
 from drl_data.spec import ArraySpec, BackboneSpec, FeatureSpec, ResolvedTime
+from drl_data.stopping import Stop
 from drl_data.store import FeatureStore
 from drl_data.threads import one_thread
 
@@ -77,6 +81,8 @@ class RunSummary:
     wall_s: float = 0.0
     stage_s: Counter[str] = field(default_factory=Counter)
     failed: list[tuple[Unit, str]] = field(default_factory=list)
+    n_left: int = 0
+    """Pending units without an outcome, because the run was told to stop."""
 
 
 def prepare(
@@ -186,6 +192,7 @@ def extract_all(
     part: tuple[int, int] | None = None,
     shuffle_seed: int | None = None,
     progress: Progress = SILENT,
+    stop: Stop | None = None,
 ) -> list[RunSummary]:
     """`extract`, for each bucket of a pipeline that has buckets; `limit` and `part` are of each.
 
@@ -201,6 +208,7 @@ def extract_all(
             shuffle_seed=shuffle_seed,
             progress=progress,
             index=index,
+            stop=stop,
         )
         for one, index in _parts(pipeline, progress)
     ]
@@ -223,17 +231,21 @@ def extract(
     shuffle_seed: int | None = None,
     progress: Progress = SILENT,
     index: SampleIndex | None = None,
+    stop: Stop | None = None,
 ) -> RunSummary:
     """Compute every pending unit of a pipeline's store, and seal the store when none is left.
 
     `limit` stops after the units that hold the first `limit` rows, `part` (i, n) takes the i-th of
     n parts (from 0), `shuffle_seed` changes the order of the units; none of them changes a byte.
-    `index` has the rows, where they are known already (a bucket's).
+    `index` has the rows, where they are known already (a bucket's). Once `stop` is requested no
+    unit begins, and those that compute have the time that it gives; the rest is `n_left`.
 
     Raises:
         UserError: whatever is wrong with the pipeline, its tars, its model, or its store.
-        ExecutionError: if no worker is left.
+        StorageUnusableError: if storage can be of no use, whatever is tried again.
+        ExecutionError: if no worker is left, or too many units failed one after the other.
     """
+    stop = stop or Stop()
     prepared = prepare(pipeline, index=index)
     prepared.model.check_weights()
     _, _, store_spec = required_sections(pipeline)
@@ -248,12 +260,13 @@ def extract(
     pending = store.pending(units)
     if shuffle_seed is not None:
         random.Random(shuffle_seed).shuffle(pending)
-    summary = RunSummary(store, n_units=len(units), n_pending=len(pending))
+    summary = RunSummary(store, len(units), len(pending), n_left=len(pending))
     start = time.perf_counter()
     n_rows = sum(unit.n_rows for unit in pending)
-    if pending:
-        outcomes = run(pipeline, pending)
-        with one_thread(), progress.bar("extract", n_rows, "images") as bar:
+    if pending and not stop.requested:
+        bar_of_rows = progress.bar("extract", n_rows, "images")
+        outcomes = run(pipeline, pending, stop)
+        with one_thread(), stop.heeded(), bar_of_rows as bar, closing(outcomes):
             for outcome in outcomes:
                 _add(summary, outcome)
                 bar.advance(outcome.unit.n_rows, failed=len(summary.failed))
@@ -263,7 +276,9 @@ def extract(
     return summary
 
 
-def run(pipeline: Pipeline, units: Sequence[Unit]) -> Iterator[Outcome[UnitResult | None]]:
+def run(
+    pipeline: Pipeline, units: Sequence[Unit], stop: Stop | None = None
+) -> Generator[Outcome[UnitResult | None], None, None]:
     """Hand the units to the executor that `pipeline.run` names."""
     backbone, _, store_spec = required_sections(pipeline)
     settings = pipeline.run
@@ -281,18 +296,27 @@ def run(pipeline: Pipeline, units: Sequence[Unit]) -> Iterator[Outcome[UnitResul
     task: Callable[[], Task[UnitResult | None]] = extracting
     if store_spec.reuse:
         task = partial(make_reuse_task, extracting, store_spec, backbone, settings.memory_bytes)
-    leases = settings.leases or n_cpus + 2
+    limits = Limits(
+        settings.leases or n_cpus + 2,
+        settings.max_attempts,
+        settings.max_deaths_per_worker,
+        settings.max_failed_in_a_row,
+    )
     if local:
-        return run_local(task, units, leases=leases, max_attempts=settings.max_attempts)
+        return run_local(task, units, limits=limits, stop=stop)
+    workers = Workers(settings.workers, settings.gpus_per_worker, settings.cpus_per_worker)
+    if settings.executor == "process":
+        return run_process(
+            task, units, workers=workers, limits=limits, stop=stop, grace_s=settings.grace_s
+        )
     return run_ray(
         task,
         units,
-        workers=settings.workers,
-        gpus_per_worker=settings.gpus_per_worker,
-        cpus_per_worker=settings.cpus_per_worker,
+        workers=workers,
         address=settings.address,
-        leases=leases,
-        max_attempts=settings.max_attempts,
+        limits=limits,
+        stop=stop,
+        grace_s=settings.grace_s,
     )
 
 
@@ -314,6 +338,7 @@ def required_sections(pipeline: Pipeline) -> tuple[BackboneSpec, ScheduleSpec, S
 
 def _add(summary: RunSummary, outcome: Outcome[UnitResult | None]) -> None:
     """Count one unit; the receipt itself is not kept."""
+    summary.n_left -= 1
     if outcome.result is None:
         summary.failed.append((outcome.unit, outcome.error or "unknown"))
         return
