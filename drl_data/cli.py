@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from drl_data.errors import DrlDataError, SpecError, UserError, redacted, visible
-from drl_data.pipeline import Pipeline, StoreSpec
+from drl_data.pipeline import Pipeline, RunSpec, StoreSpec
 from drl_data.stopping import Stop
 
 if TYPE_CHECKING:
@@ -329,17 +329,22 @@ def merge(
     from drl_data.merge import merge as run_merge
     from drl_data.progress import console_progress
 
-    summary = run_merge(urls, target, progress=console_progress())
+    stop = Stop()
+    _SIGNALS.ask(stop, RunSpec().grace_s)
+    summary = run_merge(urls, target, progress=console_progress(), stop=stop)
     for old in summary.reused.values():
         out.print(f"of {escape(old.store)}: {describe_reused(old)}", soft_wrap=True)
     for unit, message in summary.failed:
         err.print(f"[red]unit {unit.id} failed:[/] {escape(message)}", soft_wrap=True)
     state = "sealed" if summary.store.sealed else "not finished"
     out.print(
-        f"{target}: {state}, {summary.n_pending - len(summary.failed)} of {summary.n_units} units "
-        "merged now",
+        f"{target}: {state}, {summary.n_pending - summary.n_left - len(summary.failed)} of "
+        f"{summary.n_units} units merged now",
         soft_wrap=True,
     )
+    if summary.n_left:
+        err.print(f"interrupted, {summary.n_left} units left; run the same command again to resume")
+        _exit_now(3)
     raise typer.Exit(1 if _print_invalid(summary.store) or summary.failed else 0)
 
 

@@ -7,6 +7,7 @@ with nothing to compute. It resumes like any extraction, and ends sealed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
@@ -49,13 +50,17 @@ class MergeSummary:
     store: FeatureStore
     n_units: int
     n_pending: int
+    n_left: int
+    """Pending units without an outcome, because the merge was told to stop."""
     reused: dict[str, Reused] = field(default_factory=dict)
     """URL of a store -> what was copied from it."""
     failed: list[tuple[Unit, str]] = field(default_factory=list)
 
 
-def merge(urls: Sequence[str], out: str, *, progress: Progress = SILENT) -> MergeSummary:
-    """Join finished stores to a new one at `out`; the same call resumes.
+def merge(
+    urls: Sequence[str], out: str, *, progress: Progress = SILENT, stop: Stop | None = None
+) -> MergeSummary:
+    """Join finished stores to a new one at `out`; the same call resumes, after a stop too.
 
     Units and splits are those of the first store. A row that is invalid in one store is invalid in
     the new one, with the first store's reason.
@@ -66,13 +71,17 @@ def merge(urls: Sequence[str], out: str, *, progress: Progress = SILENT) -> Merg
     stores = _opened(urls, out)
     described, index = joined(stores)
     store = FeatureStore.create(out, described.spec, described.arrays, described.times, index)
+    stop = stop or Stop()
     sources = open_sources(store, urls)
     _check_cells(store, sources)
     pending = store.pending()
-    summary = MergeSummary(store, len(store.units), len(pending))
-    outcomes = run_local(partial(_MergeTask, store, sources), pending, limits=Limits(LEASES))
-    with progress.bar("merge", sum(unit.n_rows for unit in pending), "rows") as bar:
+    summary = MergeSummary(store, len(store.units), len(pending), len(pending))
+    task = partial(_MergeTask, store, sources)
+    outcomes = run_local(task, pending, limits=Limits(leases=LEASES), stop=stop)
+    n_rows = sum(unit.n_rows for unit in pending)
+    with stop.heeded(), progress.bar("merge", n_rows, "rows") as bar, closing(outcomes):
         for outcome in outcomes:
+            summary.n_left -= 1
             if outcome.result is None:
                 summary.failed.append((outcome.unit, outcome.error or "unknown"))
             else:

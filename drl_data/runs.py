@@ -352,15 +352,15 @@ def run(
         noise_file=pipeline.noise.file,
         tars=tars,
     )
+    task: Callable[[], Task[UnitResult | None]] = extracting
+    if store_spec.reuse:
+        task = partial(make_reuse_task, extracting, store_spec, backbone, settings.memory_bytes)
     limits = Limits(
         settings.leases or n_cpus + 2,
         settings.max_attempts,
         settings.max_deaths_per_worker,
         settings.max_failed_in_a_row,
     )
-    task: Callable[[], Task[UnitResult | None]] = extracting
-    if store_spec.reuse:
-        task = partial(make_reuse_task, extracting, store_spec, backbone, settings.memory_bytes)
     if local:
         return run_local(task, units, limits=limits, stop=stop)
     workers = Workers(settings.workers, settings.gpus_per_worker, settings.cpus_per_worker)

@@ -282,6 +282,17 @@ def test_what_is_there_altogether_starts_no_backbone(
     assert sum(old.rows for old in summary.reused.values()) >= summary.store.spec.n_samples
 
 
+def test_child_processes_reuse_as_threads_do(
+    pipeline: Callable[..., Pipeline], extracted: Callable[..., FeatureStore]
+) -> None:
+    """The plan is made again in each worker, and only what is needed crosses to it."""
+    new: Changes = {"taps": ["conv_in", *TAPS], "numbers": "30"}
+    run = {"executor": "process", "workers": 1}
+    summary = extract(pipeline("by-processes", reuse=[extracted().url], run=run, **new))
+    assert not summary.failed
+    assert_same_store(summary.store, extracted(**new))
+
+
 # --- what timesteps depend on -------------------------------------------------------------------
 
 LADDER = {"convention": "generation_label", "n_steps": 6, "scheduler": "DDIMScheduler"}

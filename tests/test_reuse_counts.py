@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,12 @@ import pytest
 import webdataset
 from PIL import Image
 
-from drl_data.pipeline import Pipeline
-from drl_data.runs import RunSummary, extract
+from drl_data.extract import make_task
+from drl_data.pipeline import Pipeline, RunSpec
+from drl_data.plan import Lease
+from drl_data.reuse_task import make_reuse_task
+from drl_data.runs import RunSummary, extract, prepare
+from drl_data.store import FeatureStore
 from drl_data.tiny_models import save_tiny_ddpm
 from tests.test_extract import assert_same_store
 from tests.test_numerics import spoil
@@ -82,12 +87,17 @@ MORE = {"taps": ["conv_in", "mid_block"]}
 MOVED = {"numbers": "10", "features": {"rows_per_unit": 6}}
 
 
-@pytest.mark.parametrize("new", [MORE, MOVED], ids=["a tap", "moved rows"])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [({}, MORE), ({}, MOVED), ({"numbers": "0"}, {})],
+    ids=["a tap", "moved rows", "tars behind"],
+)
 @pytest.mark.parametrize("overflow", ["clip", "invalid"])
 @pytest.mark.parametrize("non_finite", ["clip", "invalid"])
 def test_policies(
     non_finite: str,
     overflow: str,
+    old: Changes,
     new: Changes,
     grow: Callable[..., RunSummary],
     monkeypatch: pytest.MonkeyPatch,
@@ -95,7 +105,7 @@ def test_policies(
     spoil(monkeypatch, {0: [NAN, 1e6], 50: [65504.0, 1e6], 300: [INF]})
     policy = {"overflow": overflow, "non_finite": non_finite}
     changed = {**new, "features": {**new.get("features", {}), **policy}}
-    summary = grow({"features": policy}, changed)
+    summary = grow({**old, "features": policy}, changed)
     receipts = summary.store.receipts().values()
     assert any(receipt.counts.clipped or receipt.counts.non_finite for receipt in receipts)
 
@@ -121,6 +131,49 @@ def test_and_computed_again_where_that_is_not_known(
     assert summary.stage_s["denoise"] > 0
     (reused,) = summary.reused.values()
     assert reused.rows == 10, "of white rows the other timestep is reused"
+
+
+def test_a_sample_that_killed_its_worker_is_not_tried_again(
+    tars: list[str], ddpm: Path, tmp_path: Path
+) -> None:
+    """Nor read, nor counted among the bytes that were."""
+    poison = ((2, "the worker died"),)
+
+    def made(name: str, taps: list[str], reuse: list[str]) -> FeatureStore:
+        chosen = Pipeline.parse(
+            {
+                "name": "test",
+                "dataset": {"tars": tars[:1]},
+                "images": {"size": 16},
+                "backbone": {"model": str(ddpm)},
+                "schedule": {"timesteps": [50]},
+                "taps": taps,
+                "features": {"dtype": "float32", "batch_size": 2, "rows_per_unit": 4},
+                "store": {"url": str(tmp_path / name), "reuse": reuse},
+            }
+        )
+        found = prepare(chosen)
+        assert chosen.store is not None
+        assert chosen.backbone is not None
+        url = chosen.store.url
+        store = FeatureStore.create(url, found.spec, found.arrays, found.times, found.index)
+        making = partial(
+            make_task, url, chosen.backbone, chosen.condition, RunSpec(), 1, device="cpu"
+        )
+        task = making()
+        if reuse:
+            task = make_reuse_task(making, chosen.store, chosen.backbone, 1 << 20)
+        for unit in store.units:
+            task(Lease(unit, poison=() if reuse or unit.id else poison))
+        store.seal()
+        return store
+
+    old = made("old", ["mid_block"], [])
+    direct = made("direct", ["conv_in", "mid_block"], [])
+    grown = made("grown", ["conv_in", "mid_block"], [old.url])
+    assert_same_store(grown, direct)
+    (bad,) = (row for row in grown.receipts()[0].invalid)
+    assert (bad.row, bad.stage, bad.reason) == (2, "worker", "the worker died")
 
 
 def test_input_bytes_and_reasons_are_those_of_reading(grow: Callable[..., RunSummary]) -> None:
