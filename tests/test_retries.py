@@ -512,15 +512,3 @@ def test_a_folder_that_may_not_be_read_is_not_empty() -> None:
         finally:
             os.seteuid(before)
             os.chmod(f"{root}/receipts", 0o755)
-
-
-def test_a_disk_without_hard_links_is_said_to_be_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_link(source: str, target: str) -> None:
-        raise OSError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", no_link)
-    with pytest.raises(StorageUnusableError, match="no hard links"):
-        LocalFolder(tmp_path).put_if_absent("x", [DATA])
-    assert os.listdir(tmp_path) == []
