@@ -5,7 +5,6 @@ A fault-injecting proxy stands in front of a real S3 server.
 
 from __future__ import annotations
 
-import errno
 import os
 import pickle
 import resource
