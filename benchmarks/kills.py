@@ -53,7 +53,8 @@ class Trial:
     """Rows that were computed again, at most: of units with a second attempt; for a driver, of the
     units that it may have held."""
     recovery_s: float
-    """From the kill until the first unit after it was signed."""
+    """From the kill until the next unit was signed; a killed driver is resumed in this process, so
+    without the seconds that a new one takes to start."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,8 @@ def one_kill(world: World, store: Path, kind: str, generator: random.Random) -> 
     after = sorted(s for s in times if s > at)
     lost, wrong = difference(world.reference, found)
     again = sum(r.stop - r.start for r in found.receipts().values() if r.run.attempt > 1)
-    held = 2 * 2 * found.spec.rows_per_unit if killed and struck and after else 0
+    n_leases = 2 if executor == "local" else 4
+    held = n_leases * found.spec.rows_per_unit if killed and struck and after else 0
     return Trial(
         kind,
         round(delay, 2),
