@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint types imports unit audit test-ceph clean
+.PHONY: demo test lint types imports unit audit test-ceph soak clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/drl demo --out demo-out
@@ -33,6 +33,10 @@ audit: $(VENV)/test.stamp
 # The same S3 tests against Ceph's gateway; needs Debian's ceph-mon ceph-osd ceph-common radosgw.
 test-ceph: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m ceph
+
+# Faults on purpose, for about half an hour; writes the table of docs/reliability.md.
+soak: $(VENV)/test.stamp
+	RAY_AUTH_MODE=disabled $(BIN)/python -m benchmarks.soak --write docs/reliability.md
 
 $(VENV)/demo.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

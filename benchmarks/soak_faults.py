@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ray.cluster_utils import Cluster
-from soak_model import EATS, KILLS
-from soak_world import BATCH_S, N_SAMPLES, Trial, World, descendants, ended
+
+from benchmarks.soak_model import EATS, KILLS
+from benchmarks.soak_world import BATCH_S, N_SAMPLES, Trial, World, descendants, ended
 
 Inject = Callable[[World, random.Random], Trial]
 WORKERS = 2

@@ -1,10 +1,10 @@
 """The soak's backbone: a tiny DDPM that leaves a mark for every image that it encodes.
 
-`python:soak_model:counted_ddpm` with this folder on PYTHONPATH. The folder `DRL_SOAK_FOLDER`
-has the weights, `ddpm` as `save_tiny_ddpm` writes them, and `marks`, which gets one byte for each
-image; `DRL_SOAK_SLEEP` is the seconds that a batch takes at least, so that faults
-meet units that compute.
-Images of the colours `KILLS` and `EATS` are poison, unless `DRL_SOAK_TAME` is set.
+`python:benchmarks.soak_model:counted_ddpm`, with the project's folder on PYTHONPATH. The folder
+`DRL_SOAK_FOLDER` has the weights, `ddpm` as `save_tiny_ddpm` writes them, and `marks`, which gets
+one byte for each image; `DRL_SOAK_SLEEP` is the seconds that a batch takes at least, so that faults
+meet units that compute. Images of the colours `KILLS` and `EATS` are poison, unless
+`DRL_SOAK_TAME` is set.
 """
 
 from __future__ import annotations

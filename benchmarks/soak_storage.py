@@ -11,7 +11,6 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -21,8 +20,8 @@ from functools import cache
 from pathlib import Path
 
 import botocore.session
-from soak_world import Trial, World
 
+from benchmarks.soak_world import Trial, World
 from drl_data.faulty_s3 import PASSING, Fault, FaultyS3, Kind, RandomFaults
 from drl_data.objects import open_folder
 
@@ -41,6 +40,11 @@ class Server:
     endpoint: str
     key: str
     secret: str
+
+
+def kind_of_server() -> str:
+    """Which one it is."""
+    return "Ceph's gateway" if shutil.which("radosgw") is not None else "moto"
 
 
 @cache
@@ -151,20 +155,3 @@ def unusable_storage(kind: Kind) -> Inject:
         return trial
 
     return inject
-
-
-def main() -> None:
-    """One trial of each, for a look: `python benchmarks/soak_storage.py FOLDER [SEED]`."""
-    world = World.make(Path(sys.argv[1]))
-    chance = random.Random(int(sys.argv[2]) if len(sys.argv) > 2 else 0)
-    for name, inject in {
-        "5 %": flaky_storage(0.05),
-        "20 %": flaky_storage(0.2),
-        "access denied": unusable_storage("403"),
-        "bucket missing": unusable_storage("bucket"),
-    }.items():
-        print(name, inject(world, chance), flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -26,7 +26,7 @@ from drl_data.store import FeatureStore
 from drl_data.testing import write_photo_tars
 from drl_data.tiny_models import save_tiny_ddpm
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 N_SAMPLES, ROWS_PER_UNIT, BATCH = 96, 8, 4
 BATCH_S = 0.05
 """Seconds that a batch takes at least; a run computes for some seconds, besides its imports."""
@@ -67,7 +67,7 @@ class World:
         save_tiny_ddpm(folder / "ddpm")
         # Of this process, so that what it starts, Ray's nodes too, finds the backbone.
         os.environ.update(
-            PYTHONPATH=f"{HERE.parent}{os.pathsep}{HERE}",
+            PYTHONPATH=str(ROOT),
             OMP_NUM_THREADS="1",
             DRL_SOAK_FOLDER=str(folder),
             DRL_SOAK_SLEEP=str(BATCH_S),
@@ -96,7 +96,7 @@ class World:
             "name": name,
             "dataset": {"tars": tars or str(self.folder / "tars" / "*.tar")},
             "images": {"size": 16},
-            "backbone": {"model": "python:soak_model:counted_ddpm"},
+            "backbone": {"model": "python:benchmarks.soak_model:counted_ddpm"},
             "schedule": {"timesteps": [0, 300]},
             "taps": ["mid_block", {"path": "up_blocks.*", "reduce": "avg_pool(4)"}],
             "features": {
