@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from drl_data.backbones import Backbone, ModelFolder, load_backbone
-    from drl_data.datasets import FeatureDataset, FeatureStream
+    from drl_data.datasets import (
+        Augment,
+        Draw,
+        FeatureBatch,
+        FeatureDataset,
+        FeatureStream,
+        JoinedStores,
+        join,
+    )
     from drl_data.errors import DrlDataError, UserError
     from drl_data.executors import Outcome, run_local, run_ray
     from drl_data.extract import ExtractTask, make_task
@@ -23,13 +31,17 @@ if TYPE_CHECKING:
     from drl_data.store import FeatureStore
 
 _HOME = {
+    "Augment": "datasets",
     "Backbone": "backbones",
+    "Draw": "datasets",
     "DrlDataError": "errors",
     "ExtractTask": "extract",
+    "FeatureBatch": "datasets",
     "FeatureDataset": "datasets",
     "FeatureSpec": "spec",
     "FeatureStore": "store",
     "FeatureStream": "datasets",
+    "JoinedStores": "datasets",
     "ModelFolder": "backbones",
     "Outcome": "executors",
     "Pipeline": "pipeline",
@@ -40,6 +52,7 @@ _HOME = {
     "estimate": "plan",
     "extract": "runs",
     "extract_all": "runs",
+    "join": "datasets",
     "load_backbone": "backbones",
     "make_task": "extract",
     "pixel_map": "fitting",
@@ -50,13 +63,17 @@ _HOME = {
 }
 
 __all__ = [
+    "Augment",
     "Backbone",
+    "Draw",
     "DrlDataError",
     "ExtractTask",
+    "FeatureBatch",
     "FeatureDataset",
     "FeatureSpec",
     "FeatureStore",
     "FeatureStream",
+    "JoinedStores",
     "ModelFolder",
     "Outcome",
     "Pipeline",
@@ -67,6 +84,7 @@ __all__ = [
     "estimate",
     "extract",
     "extract_all",
+    "join",
     "load_backbone",
     "make_task",
     "pixel_map",
