@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from drl_data.datasets import FeatureBatch, FeatureDataset, FeatureSample, FeatureStream, as_tensor
-from drl_data.errors import ForkError, InputError, SpecError, StoreError, TapError
+from drl_data.errors import InputError, SpecError, StoreError, TapError
 from drl_data.images import decode_image
 from drl_data.index import SampleIndex, build_index
 from drl_data.selection import NO_LABEL
@@ -383,28 +383,6 @@ def test_a_stream_from_object_storage(folder_url: str) -> None:
     assert sorted(rows_of(batches)) == valid()
     for batch in batches:
         check_batch(store, batch)
-
-
-@with_workers
-@pytest.mark.s3
-def test_forked_workers_on_object_storage_fail_at_once(s3_url: str) -> None:
-    store = make_store(f"{s3_url}/s")
-    fill(store)
-    stream = FeatureStream(store, batch_size=5)
-    loader = DataLoader(stream, batch_size=None, num_workers=1, timeout=30)
-    with pytest.raises(ForkError, match="did not survive the fork"):
-        next(iter(loader))
-
-
-@pytest.mark.s3
-def test_spawned_workers_read_object_storage(s3_url: str) -> None:
-    store = make_store(f"{s3_url}/s")
-    fill(store)
-    stream = FeatureStream(store, ["up.1"], batch_size=5)
-    loader = DataLoader(
-        stream, batch_size=None, num_workers=1, multiprocessing_context="spawn", timeout=60
-    )
-    assert rows_of(list(loader)) == stream.plan().order.tolist()
 
 
 def test_a_dataset_pickles_small(store: FeatureStore) -> None:
