@@ -5,11 +5,12 @@ Shapes: b rows of a batch, v views, t timesteps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 
 from drl_data.augment import Moves
@@ -35,6 +36,40 @@ class FeatureSample(NamedTuple):
     pixels: torch.Tensor
 
 
+class Keys:
+    """Keys of a batch: a list of strings for most purposes, made of them when they are looked at.
+
+    No `Sequence` on purpose: torch's DataLoader and its pinning walk through those string by
+    string, which took longer than reading pooled features.
+    """
+
+    def __init__(self, names: pa.Array) -> None:
+        self._names = names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, i: int) -> str:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"key {i} of {len(self)}")
+        return str(self._names[i].as_py())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tolist())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Keys | list) and self.tolist() == list(other)
+
+    __hash__ = None  # type: ignore[assignment]  # as a list's
+
+    def __repr__(self) -> str:
+        return f"Keys({self.tolist()})"
+
+    def tolist(self) -> list[str]:
+        """The keys as a list."""
+        return [str(name) for name in self._names.to_pylist()]
+
+
 class FeatureBatch(NamedTuple):
     """Rows together: features {tap: [b, t, *shape]} as stored, label and row int64 [b], b keys.
 
@@ -43,7 +78,7 @@ class FeatureBatch(NamedTuple):
 
     features: dict[str, torch.Tensor]
     label: torch.Tensor
-    key: list[str]
+    key: Keys
     row: torch.Tensor
     """In its store; in the first one where stores are joined."""
     pixels: torch.Tensor | None

@@ -124,4 +124,4 @@ class FeatureDataset(Dataset[FeatureSample]):
         bad = (places < -len(self)) | (places >= len(self))
         if bad.any():  # also ends Python's own iteration
             raise IndexError(f"item {int(places[bad][0])} of {len(self)}")
-        return self._reader.read(self.selection.rows[places], int(self._epoch[0]))
+        return self._reader.read(places % max(len(self), 1), int(self._epoch[0]))

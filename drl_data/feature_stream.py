@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from drl_data.augment import Augment
-from drl_data.epochs import Dealing, EpochPlan, RankPlan, Segment, plan_rank, resumed, undealt
+from drl_data.epochs import Dealing, EpochPlan, RankPlan, Rows, Segment, plan_rank, resumed, undealt
 from drl_data.errors import SpecError
 from drl_data.feature_batch import FeatureBatch
 from drl_data.forks import ForkGuard
@@ -33,7 +33,11 @@ BUFFER_BYTES = 256 << 20
 """Features that the default shuffle buffer holds; a second buffer is read ahead."""
 
 N_AHEAD = 2
-"""Batches that are gathered before they are asked for."""
+"""Batches that are gathered in a thread before they are asked for."""
+
+AHEAD_BYTES = 8 << 20
+"""Batches smaller than this are gathered when they are asked for: a hand-over between threads takes
+longer."""
 
 
 class FeatureStream(IterableDataset[FeatureBatch]):
@@ -293,16 +297,17 @@ class FeatureStream(IterableDataset[FeatureBatch]):
         def gather(step: int) -> FeatureBatch:
             return lanes[int(plan.lane_of[step])].batch(int(plan.batch_of[step]), loader)
 
+        largest = max(reader.bytes_per_row for reader in self._readers) * self.dealing.batch_size
+        n_ahead = N_AHEAD if largest >= AHEAD_BYTES else 0
         ahead: deque[Future[FeatureBatch]] = deque()
         try:
-            for number in range(len(steps) + N_AHEAD):
-                if number < len(steps):
-                    ahead.append(gatherer.submit(gather, steps[number]))
-                if number >= N_AHEAD:
-                    batch = ahead.popleft().result()
-                    self._begun = (position, number - N_AHEAD + 1)
-                    yield batch
-                    del batch
+            for number, step in enumerate(steps):
+                while n_ahead and len(ahead) <= n_ahead and number + len(ahead) < len(steps):
+                    ahead.append(gatherer.submit(gather, steps[number + len(ahead)]))
+                batch = ahead.popleft().result() if n_ahead else gather(step)
+                self._begun = (position, number + 1)
+                yield batch
+                del batch
         finally:
             loader.shutdown(wait=False, cancel_futures=True)
             gatherer.shutdown(cancel_futures=True)
@@ -325,7 +330,7 @@ class _Lane:
         self._needed = np.zeros(len(plan.order), np.bool_)
         for batch in batches:
             self._needed[plan.batch_slice(batch)] = True
-        self._ahead: dict[int, Future[RowBlock]] = {}
+        self._ahead: dict[int, Future[tuple[RowBlock, Rows]]] = {}
 
     def batch(self, batch: int, loader: ThreadPoolExecutor) -> FeatureBatch:
         """The batch; what is read for it and for those after it is read in `loader`."""
@@ -339,8 +344,9 @@ class _Lane:
         blocks = []
         for window in windows:
             inside = plan.window_slice(window)
-            rows = plan.order[max(where.start, inside.start) : min(where.stop, inside.stop)]
-            blocks.append((self._ahead[window].result(), rows))
+            first = max(where.start - inside.start, 0)
+            block, places = self._ahead[window].result()
+            blocks.append((block, places[first : where.stop - inside.start]))
         is_last = where.stop == len(plan.order)
         return self._reader.gather(
             blocks,
@@ -349,7 +355,9 @@ class _Lane:
             bucket=self._number,
         )
 
-    def _load(self, window: int) -> RowBlock:
+    def _load(self, window: int) -> tuple[RowBlock, Rows]:
+        """What is needed of a window, and where in it each of the window's rows is."""
         where = self._plan.window_slice(window)
-        rows = np.unique(self._plan.order[where][self._needed[where]])
-        return self._reader.load(rows, self._epoch)
+        order = self._plan.order[where]
+        rows = np.unique(order[self._needed[where]])
+        return self._reader.load(rows, self._epoch), np.searchsorted(rows, order)

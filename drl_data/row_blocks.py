@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from drl_data.augment import Augment, Geometry
-from drl_data.feature_batch import FeatureBatch, as_tensor
+from drl_data.feature_batch import FeatureBatch, Keys, as_tensor
 from drl_data.plan import Unit
 from drl_data.row_pixels import RowPixels
 from drl_data.selection import Choice, Rows, Selection
@@ -98,9 +98,11 @@ class Pieces:
 
 @dataclass(frozen=True)
 class RowBlock:
-    """Rows (increasing), their features, and their pixels if images were asked for."""
+    """Rows (increasing), where in the selection they are, their features, and their pixels if
+    images were asked for."""
 
     rows: Rows
+    selected: Rows
     parts: Parts
     pixels: npt.NDArray[np.uint8] | None
 
@@ -168,7 +170,8 @@ class RowReader:
                     parts[choice.batch_name(tap), part] = held
                     jobs.extend(partial(held.fill, choice, part, *g) for g in enumerate(groups))
         in_threads(lambda job: job(), jobs)
-        return RowBlock(rows, parts, self._pixels.read(rows) if self._pixels else None)
+        pixels = self._pixels.read(rows) if self._pixels else None
+        return RowBlock(rows, self.selection.places(rows), parts, pixels)
 
     def gather(
         self,
@@ -178,9 +181,10 @@ class RowReader:
         n_repeats: int = 0,
         bucket: int = 0,
     ) -> FeatureBatch:
-        """One batch: of each block the given rows, in the order given."""
-        rows = np.concatenate([wanted for _, wanted in blocks])
-        places = [np.searchsorted(block.rows, wanted) for block, wanted in blocks]
+        """One batch: of each block the rows at the given places, in the order given."""
+        rows = np.concatenate([block.rows[wanted] for block, wanted in blocks])
+        selected = np.concatenate([block.selected[wanted] for block, wanted in blocks])
+        places = [wanted for _, wanted in blocks]
         ends = np.cumsum([len(p) for p in places]).tolist()
         slices = [slice(end - len(p), end) for end, p in zip(ends, places, strict=True)]
 
@@ -204,10 +208,12 @@ class RowReader:
             for (block, _), where, to in zip(blocks, places, slices, strict=True):
                 assert block.pixels is not None
                 pixels[to] = block.pixels[where]
-        return self._finished(rows, stored, pixels, epoch, n_repeats, bucket)
+        return self._finished(rows, selected, stored, pixels, epoch, n_repeats, bucket)
 
-    def read(self, rows: Rows, epoch: int) -> FeatureBatch:
-        """One batch of any rows, in any order, with repeats: coalesced reads, straight into it."""
+    def read(self, selected: Rows, epoch: int) -> FeatureBatch:
+        """One batch of the rows at any places of the selection, in any order, with repeats:
+        coalesced reads, straight into it."""
+        rows = self.selection.rows[selected]
         stored: dict[tuple[str, str], Array] = {}
         for choice in self.selection.choices:
             own = choice.rows(rows)
@@ -221,7 +227,7 @@ class RowReader:
         if self._pixels is not None:
             distinct, back = np.unique(rows, return_inverse=True)
             pixels = self._pixels.read(distinct)[back]
-        return self._finished(rows, stored, pixels, epoch, 0, 0)
+        return self._finished(rows, selected, stored, pixels, epoch, 0, 0)
 
     def _read_part(
         self, choice: Choice, part: str, own: Rows, pairs: Sequence[tuple[Rows, Rows]]
@@ -243,6 +249,7 @@ class RowReader:
     def _finished(
         self,
         rows: Rows,
+        selected: Rows,
         stored: Mapping[tuple[str, str], Array],
         pixels: npt.NDArray[np.uint8] | None,
         epoch: int,
@@ -271,13 +278,12 @@ class RowReader:
         if self._pinned:
             features = {tap: _pinned(x) for tap, x in features.items()}
             joined = None if joined is None else _pinned(joined)
-        places = np.searchsorted(self.selection.rows, rows)
         repeated = torch.zeros(len(rows), dtype=torch.bool)
         repeated[len(rows) - n_repeats :] = True
         return FeatureBatch(
             features=features,
-            label=torch.from_numpy(self.selection.labels[places]),
-            key=self.selection.keys_at(places),
+            label=torch.from_numpy(self.selection.labels[selected]),
+            key=Keys(self.selection.keys_at(selected)),
             row=torch.from_numpy(rows.copy()),
             pixels=joined,
             timestep=timestep,

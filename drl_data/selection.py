@@ -124,9 +124,14 @@ class Selection:
         """Bytes of features that are read of a row."""
         return sum(choice.bytes_per_row for choice in self.choices)
 
-    def keys_at(self, places: npt.NDArray[np.int64]) -> list[str]:
+    def places(self, rows: Rows) -> Rows:
+        """Where in `rows` these rows are."""
+        found: Rows = np.searchsorted(self.rows, rows)
+        return found
+
+    def keys_at(self, places: npt.NDArray[np.int64]) -> pa.Array:
         """Keys of the rows at these positions in `rows`."""
-        return [str(key) for key in self.keys.take(pa.array(places)).to_pylist()]
+        return self.keys.take(pa.array(places))
 
 
 def select(
