@@ -1,7 +1,7 @@
 """Rows of a selection in memory, and batches gathered from them.
 
-    load    -> RowBlock: the features of a window's rows. Large rows stay where they were read (a
-               memory map, the memory of a GET); small ones are packed next to each other
+    load    -> RowBlock: the features of a window's rows. They stay where they were read (a memory
+               map, the memory of a GET); only many little shards are packed next to each other
     gather  -> FeatureBatch from one or more blocks: one copy, no sample in between to collate
     read    -> FeatureBatch of any rows at once
 
@@ -10,6 +10,7 @@ Shapes: n rows of a block, b rows of a batch, k columns: (view, timestep) pairs 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,11 +25,15 @@ from drl_data.feature_batch import FeatureBatch, Keys, as_tensor
 from drl_data.plan import Unit
 from drl_data.row_pixels import RowPixels
 from drl_data.selection import Choice, Rows, Selection
-from drl_data.shard_reader import in_threads
+from drl_data.shard_reader import gather, in_threads
 from drl_data.shards import LARGE_ROW_BYTES, Array
 
 MAP_BYTES = 4 << 20
 """Smaller shards are copied, not mapped: a map holds a file descriptor."""
+
+PIECE_BYTES = 1 << 20
+"""What is read of a shard is packed with others if it is less than this on average: a batch is then
+gathered from one array and not from hundreds."""
 
 Parts = dict[tuple[str, str], "Held"]
 """(tap in the batch, array in the store) -> its values."""
@@ -58,7 +63,7 @@ class Held(Protocol):
 
 @dataclass(frozen=True)
 class Packed:
-    """Small rows: one array [n, k, *shape]."""
+    """Rows of many little shards: one array [n, k, *shape]."""
 
     values: Array
 
@@ -74,7 +79,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Large rows: column j of row i is `blocks[piece[i, j]][position[i, j]]`."""
+    """Rows where they were read: column j of row i is `blocks[piece[i, j]][position[i, j]]`."""
 
     piece: Rows
     position: Rows
@@ -89,11 +94,15 @@ class Pieces:
         self.position[group.places, group.column] = positions
 
     def take(self, places: Rows, out: Array) -> None:
-        """Row by row: a row is some pages of memory."""
-        pieces, positions = self.piece[places].tolist(), self.position[places].tolist()
-        for i, (piece, position) in enumerate(zip(pieces, positions, strict=True)):
-            for j, (block, row) in enumerate(zip(piece, position, strict=True)):
-                out[i, j] = self.blocks[block][row]
+        """Rows of one block at a time; large ones one by one, without a temporary."""
+        pieces, positions = self.piece[places], self.position[places]
+        for column in range(out.shape[1]):
+            piece, position = pieces[:, column], positions[:, column]
+            order = np.argsort(piece, kind="stable")
+            cuts = (np.flatnonzero(np.diff(piece[order])) + 1).tolist()
+            for first, stop in itertools.pairwise([0, *cuts, len(order)]):
+                to = order[first:stop]
+                gather(out[:, column], to, self.blocks[piece[to[0]]], position[to])
 
 
 @dataclass(frozen=True)
@@ -339,7 +348,7 @@ def _groups(choice: Choice, own: Rows, pairs: Sequence[tuple[Rows, Rows]]) -> li
 def _held(choice: Choice, part: str, n: int, k: int, n_groups: int) -> Packed | Pieces:
     """Room for the values of one array of n rows, to be read by groups."""
     layout = choice.store.layouts[part]
-    if layout.row_bytes < LARGE_ROW_BYTES:
+    if layout.row_bytes < LARGE_ROW_BYTES and n * k * layout.row_bytes < n_groups * PIECE_BYTES:
         return Packed(np.empty((n, k, *layout.row_shape), layout.stored))
     nothing = np.empty((0, *layout.row_shape), layout.stored)
     return Pieces(np.empty((n, k), np.int64), np.empty((n, k), np.int64), [nothing] * n_groups)
