@@ -10,8 +10,8 @@ Two stores of random float16 features: maps (1280, 16, 16) of 655 kB a row and p
     stream    FeatureStream, shuffled, batches of 256, as tensors
     dataset   FeatureDataset by a random batch sampler, batches of 256
 
-Every batch is read once by adding it up in neither: what is timed is getting it. Medians over the
-rounds; ratios are of one run, absolute figures are this machine's.
+What is timed is getting the batches; nothing looks into them. Medians over the rounds; ratios are of
+one run, absolute figures are this machine's.
 """
 
 from __future__ import annotations
@@ -41,9 +41,12 @@ KINDS = {
 }
 
 
-def make_store(folder: Path, kind: str, n_bytes: int) -> FeatureStore:
+def make_store(
+    folder: Path, kind: str, n_bytes: int, rows_per_unit: int | None = None
+) -> FeatureStore:
     """A sealed store of about `n_bytes` bytes of random features, and the same as one .npy file."""
-    shape, dims, rows_per_unit = KINDS[kind]
+    shape, dims, usual = KINDS[kind]
+    rows_per_unit = rows_per_unit or usual
     row_bytes = int(np.prod(shape)) * 2
     n = max(n_bytes // row_bytes // rows_per_unit, 2) * rows_per_unit
     array = ArraySpec(name=kind, tap=kind, dims=dims, shape=shape, dtype="float16")
@@ -128,7 +131,7 @@ def memmap(store: FeatureStore, kind: str) -> Iterator[int]:
 
 def stream(store: FeatureStore, kind: str) -> Iterator[int]:
     """The shuffled stream, in the training process."""
-    for batch in DataLoader(FeatureStream(store, batch_size=BATCH), batch_size=None):
+    for batch in FeatureStream(store, batch_size=BATCH):
         yield len(batch.row)
 
 

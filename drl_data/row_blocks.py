@@ -147,6 +147,10 @@ class RowReader:
     ) -> None:
         self.selection = selection
         self._seed, self._pixels, self._pinned = seed, pixels, pin_memory
+        self._requested = {
+            choice.name: np.array([time.requested for time in choice.store.times], np.float64)
+            for choice in selection.choices
+        }
         self._geometry: Geometry | None = None
         if augment is not None:
             size = (pixels.spec if pixels else selection.source.first.spec.images).size
@@ -191,8 +195,8 @@ class RowReader:
         bucket: int = 0,
     ) -> FeatureBatch:
         """One batch: of each block the rows at the given places, in the order given."""
-        rows = np.concatenate([block.rows[wanted] for block, wanted in blocks])
         selected = np.concatenate([block.selected[wanted] for block, wanted in blocks])
+        rows = self.selection.rows[selected]
         places = [wanted for _, wanted in blocks]
         ends = np.cumsum([len(p) for p in places]).tolist()
         slices = [slice(end - len(p), end) for end, p in zip(ends, places, strict=True)]
@@ -269,7 +273,7 @@ class RowReader:
         axes: npt.NDArray[np.int64] | None = None
         for choice in self.selection.choices:
             columns = self._columns(choice, rows, epoch)
-            requested = np.array([time.requested for time in choice.store.times], np.float64)
+            requested = self._requested[choice.name]
             times = torch.from_numpy(requested[columns.times])
             views = torch.from_numpy(np.array(columns.views))
             if choice.store is self.selection.source.first:
@@ -293,7 +297,7 @@ class RowReader:
             features=features,
             label=torch.from_numpy(self.selection.labels[selected]),
             key=Keys(self.selection.keys_at(selected)),
-            row=torch.from_numpy(rows.copy()),
+            row=torch.from_numpy(rows),
             pixels=joined,
             timestep=timestep,
             view=view,

@@ -7,6 +7,7 @@ import json
 import pickle
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -369,6 +370,9 @@ def test_images_that_no_longer_decode_are_an_error(tmp_path: Path) -> None:
         list(stream)
     with pytest.raises(InputError, match="has 9 samples, the store"):
         FeatureStream(store, batch_size=4, images=(make_index(9), spec))
+    turned = replace(index, table=index.table.take(list(range(7, -1, -1))))
+    with pytest.raises(InputError, match="other samples, or in another order"):
+        FeatureStream(store, batch_size=4, images=(turned, spec))
 
 
 # --- object storage ------------------------------------------------------------------------------

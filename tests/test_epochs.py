@@ -11,7 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drl_data.epochs import Dealing, EpochPlan, RankPlan, Segment, plan_rank, resumed, undealt
+from drl_data.epochs import (
+    Dealing,
+    EpochPlan,
+    RankPlan,
+    Segment,
+    plan_epoch,
+    plan_rank,
+    resumed,
+    undealt,
+)
 from drl_data.errors import SpecError
 
 MODES = ("once", "drop_last", "pad")
@@ -90,6 +99,19 @@ def test_every_row_exactly_once(
         check_turns(plan, n_workers, first)
         if not how.shuffle:
             assert plan.lane_of.tolist() == sorted(plan.lane_of.tolist())
+
+
+def test_every_small_case() -> None:
+    """Of rows, ranks and batch sizes: also the rare one of a rank that has a row too few."""
+    n_short = 0
+    for n, ranks, size, mode in itertools.product(range(1, 20), range(1, 5), range(1, 6), MODES):
+        how = dealing(mode, 1, batch_size=size, world_size=ranks)
+        rows = np.arange(n)
+        if possible([rows], how):
+            plans = [plan_epoch(rows, 3, how, epoch=0, rank=rank) for rank in range(ranks)]
+            check_lane(plans, rows.tolist(), how)
+            n_short += any(len(p.order) == (p.n_batches - 1) * size > 0 for p in plans)
+    assert n_short > 10
 
 
 def check_lane(plans: list[EpochPlan], rows: list[int], how: Dealing) -> None:

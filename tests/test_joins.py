@@ -229,7 +229,10 @@ def test_names_and_choices(tmp_path: Path) -> None:
 def test_joined_stores_draw_alike(tmp_path: Path) -> None:
     """Both teachers see a row at the same timestep."""
     index = make_index(40)
-    a, b = store_of(tmp_path / "a", index, A[:1]), store_of(tmp_path / "b", index, B)
-    batch = FeatureDataset(join({"a": a, "b": b}), timesteps="sample").read(range(40))
+    a = store_of(tmp_path / "a", index, A[:1])
+    b = store_of(tmp_path / "b", permuted(index, range(39, -1, -1)), B)
+    joined = join({"a": a, "b": b})
+    assert not joined.by_digest("b")
+    batch = FeatureDataset(joined, timesteps="sample").read(range(40))
     assert batch.timestep["a/mid"].tolist() == batch.timestep["b/mid"].tolist()
     assert len(set(batch.timestep["a/mid"].flatten().tolist())) == 2

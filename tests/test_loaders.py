@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
+from benchmarks import reading
 from drl_data.datasets import Draw, FeatureBatch, FeatureDataset, FeatureStream
 from drl_data.draws import choose, uniform
 from drl_data.errors import SpecError, TapError
@@ -440,6 +441,14 @@ def test_a_batch_sampler_gives_ready_batches(store: FeatureStore) -> None:
             assert np.array_equal(batch.features[tap].numpy(), want)
     assert batches[0].to("cpu").features.keys() == batches[0].features.keys()
     assert batches[0].to("meta").label.device.type == "meta"
+
+
+@pytest.mark.parametrize("kind", ["map", "pooled"])
+def test_the_benchmark_reads_every_row_in_every_way(tmp_path: Path, kind: str) -> None:
+    """`measure` checks the numbers of rows."""
+    made = reading.make_store(tmp_path, kind, 0, rows_per_unit=9)
+    assert made.spec.n_samples == 18
+    assert reading.measure(made, kind, 1).keys() == {"raw", "memmap", "stream", "dataset"}
 
 
 def test_pinned_memory_needs_an_accelerator(store: FeatureStore) -> None:
