@@ -10,8 +10,8 @@ Two stores of random float16 features: maps (1280, 16, 16) of 655 kB a row and p
     stream    FeatureStream, shuffled, batches of 256, as tensors
     dataset   FeatureDataset by a random batch sampler, batches of 256
 
-What is timed is getting the batches; nothing looks into them. Medians over the rounds; ratios are of
-one run, absolute figures are this machine's.
+What is timed is getting the batches; nothing looks into them. Medians over the rounds; ratios are
+of one run, absolute figures are this machine's.
 """
 
 from __future__ import annotations

@@ -89,24 +89,19 @@ class FeatureStream(IterableDataset[FeatureBatch]):
         augment: Augment | None = None,
         pin_memory: bool = False,
     ) -> None:
-        positive = min(batch_size, buffer_bytes, buffer_rows if buffer_rows is not None else 1) >= 1
-        if not positive or seed < 0 or not 0 <= rank < world_size or (drop_last and pad):
-            raise SpecError(
-                f"FeatureStream: batch_size={batch_size}, buffer_rows={buffer_rows}, "
-                f"buffer_bytes={buffer_bytes}, seed={seed}, rank={rank} of {world_size}, "
-                f"drop_last={drop_last}, pad={pad}; want sizes >= 1, seed >= 0, "
-                "0 <= rank < world_size, and not both of drop_last and pad"
-            )
-        if pin_memory and not torch.accelerator.is_available():
-            raise SpecError(
-                "FeatureStream: pin_memory=True, but torch sees no accelerator; leave it out"
-            )
         self.stores = tuple(store) if isinstance(store, Sequence) else (store,)
         if not self.stores or (len(self.stores) > 1 and isinstance(images, tuple)):
             raise SpecError(
                 f"FeatureStream: {len(self.stores)} stores and images={images!r}; want at least "
                 "one store, and images=True or an ImageSpec for several"
             )
+        if pin_memory and not torch.accelerator.is_available():
+            raise SpecError(
+                "FeatureStream: pin_memory=True, but torch sees no accelerator; leave it out"
+            )
+        _check_numbers(batch_size, buffer_rows, buffer_bytes, seed, rank, world_size)
+        if drop_last and pad:
+            raise SpecError("FeatureStream: drop_last and pad; want not both of them")
         self.selections = tuple(
             select(
                 source,
@@ -133,20 +128,13 @@ class FeatureStream(IterableDataset[FeatureBatch]):
             )
             for chosen in self.selections
         )
-        share = buffer_bytes // len(self.stores)
+        if buffer_rows is None:
+            share = buffer_bytes // len(self.stores)
+            by_lane = [max(share // r.bytes_per_row, 4 * batch_size) for r in self._readers]
+        else:
+            by_lane = [buffer_rows] * len(self.stores)
         self.dealing = Dealing(
-            batch_size=batch_size,
-            world_size=world_size,
-            buffer_rows=tuple(
-                buffer_rows
-                if buffer_rows is not None
-                else max(share // reader.bytes_per_row, 4 * batch_size)
-                for reader in self._readers
-            ),
-            shuffle=shuffle,
-            seed=seed,
-            drop_last=drop_last,
-            pad=pad,
+            batch_size, world_size, tuple(by_lane), shuffle, seed, drop_last=drop_last, pad=pad
         )
         self.rank, self._pin_memory = rank, pin_memory
         self._guard = ForkGuard.of(
@@ -312,6 +300,23 @@ class FeatureStream(IterableDataset[FeatureBatch]):
             loader.shutdown(wait=False, cancel_futures=True)
             gatherer.shutdown(cancel_futures=True)
             loader.shutdown()
+
+
+def _check_numbers(
+    batch_size: int,
+    buffer_rows: int | None,
+    buffer_bytes: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+) -> None:
+    positive = min(batch_size, buffer_bytes, buffer_rows if buffer_rows is not None else 1) >= 1
+    if not positive or seed < 0 or not 0 <= rank < world_size:
+        raise SpecError(
+            f"FeatureStream: batch_size={batch_size}, buffer_rows={buffer_rows}, "
+            f"buffer_bytes={buffer_bytes}, seed={seed}, rank={rank} of {world_size}; want sizes "
+            ">= 1, seed >= 0, 0 <= rank < world_size"
+        )
 
 
 def _batches(plan: RankPlan, steps: range, lane: int) -> list[int]:

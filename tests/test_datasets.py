@@ -6,7 +6,6 @@ import itertools
 import json
 import pickle
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from drl_data.spec import DatasetSpec, ImageSpec
 from drl_data.spec_base import StorageDType
 from drl_data.store import FeatureStore
 
+from .loader_helpers import rows_of, with_workers
 from .stores import (
     ARRAYS,
     RUN,
@@ -44,16 +44,6 @@ INVALID = (2, 9, 17, 18, 19)
 SPLITS = {"train": 21, "test": 10}
 
 
-def with_workers(test: Callable[..., None]) -> Callable[..., None]:
-    """Torch warns about forks beside threads, and about more workers than cores."""
-    for message in (
-        "ignore:.*multi-threaded, use of fork:DeprecationWarning",
-        "ignore:This DataLoader will create:UserWarning",
-    ):
-        test = pytest.mark.filterwarnings(message)(test)
-    return test
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
     """31 rows in units of 4, five of them invalid, one unit (16..20) with one valid row."""
@@ -64,10 +54,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
 
 def valid(start: int = 0, stop: int = 31) -> list[int]:
     return [row for row in range(start, stop) if row not in INVALID]
-
-
-def rows_of(batches: list[FeatureBatch]) -> list[int]:
-    return [int(row) for batch in batches for row in batch.row]
 
 
 def check_batch(store: FeatureStore, batch: FeatureBatch) -> None:

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import os
 import resource
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from benchmarks import reading
+from drl_data import row_blocks
 from drl_data.datasets import Draw, FeatureBatch, FeatureDataset, FeatureStream
 from drl_data.draws import choose, uniform
 from drl_data.errors import SpecError, TapError
 from drl_data.images import decode_views
 from drl_data.index import build_index
-from drl_data.shards import LARGE_ROW_BYTES
 from drl_data.spec import ArraySpec, DatasetSpec, ImageSpec
 from drl_data.store import FeatureStore
 
+from .loader_helpers import INVALID, VALID, rows_of, small_and_large
 from .stores import (
     RUN,
     TIMES,
@@ -42,21 +41,12 @@ from .stores import (
 )
 from .toy_tars import png, write_tar
 
-INVALID = (2, 9, 17)
 VIEWS = ("id", "hflip")
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
-    """31 rows, three timesteps, small rows and large ones (a shard of them is mapped or copied)."""
-    arrays = (
-        make_array("pooled", (6,), "float16"),
-        make_array("map", (LARGE_ROW_BYTES // 64, 4, 4), "float32"),
-    )
-    folder = str(tmp_path_factory.mktemp("s"))
-    made = make_store(folder, 31, 4, arrays=arrays, times=make_times(10, 50, 200))
-    fill(made, INVALID)
-    return made
+    return small_and_large(str(tmp_path_factory.mktemp("s")))
 
 
 def with_views(url: str, n: int = 12) -> FeatureStore:
@@ -73,20 +63,6 @@ def fill_views(made: FeatureStore, array: ArraySpec) -> None:
     values = reference(array, 4, made.spec.n_samples)
     for unit in made.units:
         made.write(unit, {array.name: values[:, unit.start : unit.stop]}, [], RUN)
-
-
-def with_workers(test: Callable[..., None]) -> Callable[..., None]:
-    """Torch warns about forks beside threads, and about more workers than cores."""
-    for message in (
-        "ignore:.*multi-threaded, use of fork:DeprecationWarning",
-        "ignore:This DataLoader will create:UserWarning",
-    ):
-        test = pytest.mark.filterwarnings(message)(test)
-    return test
-
-
-def rows_of(batches: Sequence[FeatureBatch]) -> list[int]:
-    return [int(row) for batch in batches for row in batch.row]
 
 
 # --- rows ----------------------------------------------------------------------------------------
@@ -262,169 +238,6 @@ def test_one_view_is_drawn_with_its_pixels(tmp_path: Path, timesteps: None) -> N
         FeatureStream(store, batch_size=4, images=ImageSpec(size=6, views=("hflip", "id")))
 
 
-# --- buckets -------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def buckets(tmp_path_factory: pytest.TempPathFactory) -> list[FeatureStore]:
-    """Three stores of maps of different shapes."""
-    folder = tmp_path_factory.mktemp("buckets")
-    stores = []
-    for n, shape in ((13, (2, 3, 5)), (6, (2, 5, 3)), (22, (2, 4, 4))):
-        made = make_store(str(folder / str(n)), n, 4, arrays=[make_array("map", shape, "float32")])
-        fill(made, [1])
-        stores.append(made)
-    return stores
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("n_workers", [0, 2])
-@with_workers
-def test_a_batch_is_of_one_bucket(
-    buckets: list[FeatureStore], world_size: int, n_workers: int
-) -> None:
-    got: list[list[int]] = [[] for _ in buckets]
-    turns = set()
-    for rank in range(world_size):
-        stream = FeatureStream(
-            buckets, batch_size=3, buffer_rows=4, rank=rank, world_size=world_size, seed=1
-        )
-        batches = list(DataLoader(stream, batch_size=None, num_workers=n_workers))
-        assert len(batches) == len(stream)
-        turns.add(tuple(batch.bucket for batch in batches))
-        for batch in batches:
-            store = buckets[batch.bucket]
-            want = expected(store, "map", [1])[:, batch.row.tolist()].swapaxes(0, 1)
-            assert np.array_equal(batch.features["map"].numpy(), want)
-            got[batch.bucket] += batch.row.tolist()
-    assert [sorted(rows) for rows in got] == [
-        [row for row in range(s.spec.n_samples) if row != 1] for s in buckets
-    ]
-    (turn,) = turns
-    assert list(turn) != sorted(turn)
-
-
-def test_buckets_resume_on_other_ranks(buckets: list[FeatureStore]) -> None:
-    got: list[list[int]] = [[] for _ in buckets]
-
-    def take(world_size: int, batch_size: int, n: int | None, state: object) -> object:
-        for rank in range(world_size):
-            stream = FeatureStream(
-                buckets, batch_size=batch_size, rank=rank, world_size=world_size, pad=True
-            )
-            if state is not None:
-                stream.load_state_dict(state)  # type: ignore[arg-type]
-            for batch in itertools.islice(stream, n):
-                got[batch.bucket] += batch.row[~batch.repeated].tolist()
-            saved = json.loads(json.dumps(stream.state_dict()))
-        return saved
-
-    state = take(2, 3, 4, None)
-    state = take(3, 2, 2, state)
-    take(1, 4, None, state)
-    assert [sorted(rows) for rows in got] == [
-        [row for row in range(s.spec.n_samples) if row != 1] for s in buckets
-    ]
-
-
-def test_several_stores_need_images_of_their_own(buckets: list[FeatureStore]) -> None:
-    with pytest.raises(SpecError, match="images=True or an ImageSpec for several"):
-        FeatureStream(buckets, batch_size=2, images=(make_index(13), ImageSpec(size=8)))
-    with pytest.raises(SpecError, match="0 stores"):
-        FeatureStream([], batch_size=2)
-
-
-# --- ranks, workers, interruptions ---------------------------------------------------------------
-
-valid = [row for row in range(31) if row not in INVALID]
-
-
-@settings(deadline=None, max_examples=40)
-@given(data=st.data())
-def test_streams_give_every_row_once_however_they_are_interrupted(
-    store: FeatureStore, data: st.DataObject
-) -> None:
-    """Ranks that train in step, saved and loaded as JSON, with other numbers each time."""
-    seen: list[int] = []
-    state: dict[str, object] | None = None
-    shuffle = data.draw(st.booleans())
-    for last in (False, False, True):
-        world_size = data.draw(st.integers(1, 4))
-        batch_size = data.draw(st.integers(1, 9))
-        n = None if last else data.draw(st.integers(0, 4))
-        buffer_rows = data.draw(st.integers(1, 20))
-        streams = [
-            FeatureStream(
-                store,
-                ["pooled"],
-                [10],
-                batch_size=batch_size,
-                buffer_rows=buffer_rows,
-                rank=rank,
-                world_size=world_size,
-                pad=True,
-                shuffle=shuffle,
-                seed=5,
-            )
-            for rank in range(world_size)
-        ]
-        lengths, states = set(), []
-        for stream in streams:
-            if state is not None:
-                stream.load_state_dict(state)
-            batches = list(itertools.islice(stream, n))
-            lengths.add(len(batches))
-            seen += [r for b in batches for r in b.row[~b.repeated].tolist()]
-            states.append(json.loads(json.dumps(stream.state_dict())))
-        assert len(lengths) == 1
-        assert all(other == states[0] for other in states)
-        state = states[0]
-    assert sorted(seen) == valid
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 5])
-def test_every_rank_has_as_many_batches(store: FeatureStore, world_size: int) -> None:
-    """28 rows in batches of 4: over 3 and 5 ranks they do not divide."""
-    for mode in ({}, {"drop_last": True}, {"pad": True}):
-        streams = [
-            FeatureStream(store, ["pooled"], batch_size=4, rank=rank, world_size=world_size, **mode)
-            for rank in range(world_size)
-        ]
-        batches = [list(stream) for stream in streams]
-        assert {len(b) for b in batches} == {len(streams[0])}
-        new = [r for of_rank in batches for b in of_rank for r in b.row[~b.repeated].tolist()]
-        assert len(new) == len(set(new))
-        n_repeated = sum(int(b.repeated.sum()) for of_rank in batches for b in of_rank)
-        assert n_repeated == (-28 % world_size if mode == {"pad": True} else 0)
-        if "drop_last" not in mode:
-            assert sorted(new) == valid
-    with pytest.raises(SpecError, match=r"28 rows over 3 ranks in batches of 1: .*pad=True"):
-        FeatureStream(store, batch_size=1, world_size=3)
-    with pytest.raises(SpecError, match="not both of drop_last and pad"):
-        FeatureStream(store, batch_size=1, drop_last=True, pad=True)
-
-
-@with_workers
-@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
-def test_torchdata_resumes_in_its_workers(store: FeatureStore) -> None:
-    stateful = pytest.importorskip("torchdata.stateful_dataloader")
-    for n_workers in (0, 2):
-
-        def loader(n_workers: int = n_workers) -> object:
-            stream = FeatureStream(store, ["pooled"], batch_size=3, seed=1)
-            stream.set_epoch(2)
-            return stateful.StatefulDataLoader(stream, batch_size=None, num_workers=n_workers)
-
-        whole = rows_of(list(loader()))
-        for n_taken in (0, 1, 4):
-            first = loader()
-            taken = list(itertools.islice(first, n_taken)) if n_taken else []
-            state = first.state_dict() if n_taken else loader().state_dict()
-            again = loader()
-            again.load_state_dict(state)
-            assert rows_of(taken) + rows_of(list(again)) == whole
-
-
 # --- batches without samples ---------------------------------------------------------------------
 
 
@@ -433,7 +246,7 @@ def test_a_batch_sampler_gives_ready_batches(store: FeatureStore) -> None:
     sampler = BatchSampler(RandomSampler(dataset), 7, False)
     batches = list(DataLoader(dataset, sampler=sampler, batch_size=None))
     assert [len(batch.row) for batch in batches] == [7] * 4
-    assert sorted(rows_of(batches)) == valid
+    assert sorted(rows_of(batches)) == VALID
     for batch in batches:
         assert isinstance(batch, FeatureBatch)
         for tap in ("pooled", "map"):
@@ -449,6 +262,21 @@ def test_the_benchmark_reads_every_row_in_every_way(tmp_path: Path, kind: str) -
     made = reading.make_store(tmp_path, kind, 0, rows_per_unit=9)
     assert made.spec.n_samples == 18
     assert reading.measure(made, kind, 1).keys() == {"raw", "memmap", "stream", "dataset"}
+
+
+@pytest.mark.parametrize("timesteps", [None, "sample"])
+def test_values_are_the_same_where_they_were_read_and_packed(
+    store: FeatureStore, timesteps: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Little shards are packed, larger ones stay; these are little, so the limit is moved."""
+    packed = list(FeatureStream(store, None, timesteps, batch_size=9))
+    monkeypatch.setattr(row_blocks, "PIECE_BYTES", 0)
+    for batch, want in zip(
+        FeatureStream(store, None, timesteps, batch_size=9), packed, strict=True
+    ):
+        assert torch.equal(batch.row, want.row)
+        for tap, values in batch.features.items():
+            assert torch.equal(values, want.features[tap])
 
 
 def test_pinned_memory_needs_an_accelerator(store: FeatureStore) -> None:
