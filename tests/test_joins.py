@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
-from drl_data.datasets import Draw, FeatureBatch, FeatureDataset, FeatureStream, join
+from drl_data.datasets import Augment, Draw, FeatureBatch, FeatureDataset, FeatureStream, join
 from drl_data.errors import InputError, SpecError, StoreError, TapError
 from drl_data.index import SampleIndex
 from drl_data.joins import JoinedStores
@@ -132,6 +134,19 @@ def test_other_orders_are_joined_by_key(
     keys = [key for batch in FeatureStream(joined, batch_size=4) for key in batch.key]
     assert len(keys) == len(set(keys))
     assert set(keys) == {f"key-{row:05d}" for row in range(13)} - lost
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+def test_joined_stores_go_to_spawned_workers(tmp_path: Path) -> None:
+    index = make_index(9)
+    a = store_of(tmp_path / "a", index, A)
+    b = store_of(tmp_path / "b", permuted(index, range(8, -1, -1)), B)
+    joined = join({"a": a, "b": b})
+    stream = FeatureStream(joined, batch_size=4, augment=Augment(crop=(4, 4)))
+    loader = DataLoader(stream, batch_size=None, num_workers=1, multiprocessing_context="spawn")
+    for got, want in zip(loader, stream, strict=True):
+        assert got.key == want.key
+        assert all(torch.equal(x, want.features[tap]) for tap, x in got.features.items())
 
 
 def test_three_stores(tmp_path: Path) -> None:
