@@ -20,14 +20,16 @@ if TYPE_CHECKING:
         join,
     )
     from drl_data.errors import DrlDataError, UserError
-    from drl_data.executors import Outcome, run_local, run_ray
+    from drl_data.executors import Workers, run_local, run_process, run_ray
     from drl_data.extract import ExtractTask, make_task
     from drl_data.fitting import pixel_map
     from drl_data.index import SampleIndex, build_index
+    from drl_data.leases import Limits, Outcome
     from drl_data.pipeline import Pipeline
     from drl_data.plan import Unit, estimate, plan_units
     from drl_data.runs import extract, extract_all, prepare
     from drl_data.spec import FeatureSpec
+    from drl_data.stopping import Stop
     from drl_data.store import FeatureStore
 
 _HOME = {
@@ -42,12 +44,15 @@ _HOME = {
     "FeatureStore": "store",
     "FeatureStream": "datasets",
     "JoinedStores": "datasets",
+    "Limits": "leases",
     "ModelFolder": "backbones",
-    "Outcome": "executors",
+    "Outcome": "leases",
     "Pipeline": "pipeline",
     "SampleIndex": "index",
+    "Stop": "stopping",
     "Unit": "plan",
     "UserError": "errors",
+    "Workers": "executors",
     "build_index": "index",
     "estimate": "plan",
     "extract": "runs",
@@ -59,6 +64,7 @@ _HOME = {
     "plan_units": "plan",
     "prepare": "runs",
     "run_local": "executors",
+    "run_process": "executors",
     "run_ray": "executors",
 }
 
@@ -74,12 +80,15 @@ __all__ = [
     "FeatureStore",
     "FeatureStream",
     "JoinedStores",
+    "Limits",
     "ModelFolder",
     "Outcome",
     "Pipeline",
     "SampleIndex",
+    "Stop",
     "Unit",
     "UserError",
+    "Workers",
     "build_index",
     "estimate",
     "extract",
@@ -91,6 +100,7 @@ __all__ = [
     "plan_units",
     "prepare",
     "run_local",
+    "run_process",
     "run_ray",
 ]
 

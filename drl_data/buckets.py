@@ -19,12 +19,13 @@ from functools import partial
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from drl_data.errors import ImageError, ObjectNotFoundError, SpecError
+from drl_data.errors import ImageError, InputError, ObjectNotFoundError, SpecError
 from drl_data.images import displayed_size
 from drl_data.index import SampleIndex
 from drl_data.objects import Buffer, Folder, open_parent
 from drl_data.pipeline import Pipeline, StoreSpec
 from drl_data.progress import SILENT, Progress
+from drl_data.store import FeatureStore
 from drl_data.tar import GzipSource
 from drl_data.urls import missing
 
@@ -75,7 +76,8 @@ def split_into_buckets(
             f"images.size {list(images.size)}: with buckets it is the longer side, one number that "
             f"is a multiple of {spec.multiple}"
         )
-    stem = pipeline.store.url.removesuffix(".zarr")
+    store = pipeline.store
+    stem = store.url.removesuffix(".zarr")
     sizes = _kept_sizes(f"{stem}-sizes.parquet", index, n_threads, progress)
     shapes = [size and bucket_size(size, long_side, spec.multiple) for size in sizes]
     rows: dict[Size, list[int]] = defaultdict(list)
@@ -90,13 +92,25 @@ def split_into_buckets(
                 update={
                     "buckets": None,
                     "images": images.model_copy(update={"size": size, "resize": "stretch"}),
-                    "store": StoreSpec(url=f"{stem}-{size[0]}x{size[1]}.zarr"),
+                    "store": StoreSpec(
+                        url=_url_of(store.url, size),
+                        reuse=tuple(
+                            url
+                            for url in (_url_of(old, size) for old in store.reuse)
+                            if FeatureStore.exists(url)  # older images may not have had this shape
+                        ),
+                    ),
                 }
             ),
             replace(index, table=index.table.take(pa.array(rows[size]))),
         )
         for size in sorted(rows)
     ]
+
+
+def _url_of(url: str, size: Size) -> str:
+    """Where the store of a bucket is, of a pipeline whose store is at `url`."""
+    return f"{url.removesuffix('.zarr')}-{size[0]}x{size[1]}.zarr"
 
 
 def _kept_sizes(
@@ -109,6 +123,10 @@ def _kept_sizes(
         table = pq.read_table(pa.BufferReader(folder.get(name)))
     except ObjectNotFoundError:
         table = None
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(
+            f"{url}: not the sizes of images that an earlier run left ({error}); delete it"
+        ) from error
     if table is None or (table.schema.metadata or {}).get(b"index") != digest:
         found = read_sizes(index, n_threads=n_threads, progress=progress)
         table = pa.table(

@@ -7,12 +7,14 @@ message; 3 interrupted, run the same command again to resume.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import signal
 import sys
+import traceback
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -20,10 +22,13 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
-from drl_data.errors import DrlDataError, SpecError, UserError
-from drl_data.pipeline import Pipeline, StoreSpec
+from drl_data.errors import DrlDataError, SpecError, UserError, redacted, visible
+from drl_data.pipeline import Pipeline, RunSpec, StoreSpec
+from drl_data.stopping import Stop
 
 if TYPE_CHECKING:
+    from drl_data.receipts import Reused
+    from drl_data.repair import Repair
     from drl_data.runs import Prepared, RunSummary
     from drl_data.store import FeatureStore
 
@@ -57,7 +62,7 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a 
 def main() -> None:
     """Entry point: errors become messages and exit statuses."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+        signal.signal(number, _SIGNALS.hear)
     try:
         app()
     except _Interrupted:
@@ -69,25 +74,61 @@ def main() -> None:
     except DrlDataError as error:
         err.print(f"[red]failed:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)
+    except Exception:  # a bug of ours: the traceback, but without what errors of others repeat
+        err.print(redacted(traceback.format_exc()), soft_wrap=True, markup=False, highlight=False)
+        sys.exit(1)
 
 
 class _Interrupted(BaseException):
     """Somebody wants this process to end; a KeyboardInterrupt would be typer's to handle."""
 
 
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise _Interrupted
+class _Signals:
+    """What SIGINT and SIGTERM do: end the command, or while units run ask for an end of the run."""
+
+    def __init__(self) -> None:
+        self._stop = Stop()
+        self._grace_s = 0.0
+
+    def ask(self, stop: Stop, grace_s: float) -> None:
+        """While this wish is heeded, the first signal is passed on to it."""
+        self._stop, self._grace_s = stop, grace_s
+
+    def hear(self, number: int, _frame: FrameType | None) -> None:
+        """The handler; it writes by itself, as the console may be at work on a line."""
+        if not self._stop.is_heeded:
+            raise _Interrupted
+        name = signal.Signals(number).name
+        if self._stop.requested:
+            os.write(
+                2, f"\n{name} again: ending at once; run the same command to resume\n".encode()
+            )
+            os._exit(3)  # child processes and actors end with their connection to this one
+        os.write(
+            2,
+            f"\n{name}: no unit begins now; those that run have {self._grace_s:g} s to finish. "
+            "Once more ends at once.\n".encode(),
+        )
+        self._stop.request(self._grace_s)
+
+
+_SIGNALS = _Signals()
+
+
+class _RedactedFormatter(logging.Formatter):
+    """Messages and tracebacks, also of libraries, without the secrets of URLs in them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
 
 
 @app.callback()
 def _setup(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")] = False,
 ) -> None:
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING,
-        format="%(message)s",
-        handlers=[RichHandler(console=err, show_path=False)],
-    )
+    handler = RichHandler(console=err, show_path=False)
+    handler.setFormatter(_RedactedFormatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
 
 
 @app.command()
@@ -133,7 +174,11 @@ def index(
 
     found = build_index(DatasetSpec(tars={"all": tuple(tars)}), progress=console_progress())
     found.save(path)
-    out.print(f"{found.n_samples} samples of {len(found.tars)} tars in {path}", soft_wrap=True)
+    repeated = f", {found.n_repeated_keys} with a key of another" if found.n_repeated_keys else ""
+    out.print(
+        f"{found.n_samples} samples{repeated} of {len(found.tars)} tars in {redacted(path)}",
+        soft_wrap=True,
+    )
 
 
 @app.command()
@@ -216,35 +261,91 @@ def extract(
     file: PipelineFile,
     tars: OverrideTars = None,
     store: OverrideStore = None,
-    executor: Annotated[Literal["local", "ray"] | None, typer.Option(help="Where to run.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Ray actors.")] = None,
+    executor: Annotated[
+        Literal["local", "process", "ray"] | None,
+        typer.Option(help="Threads of this process, child processes, or a Ray cluster."),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Child processes or Ray actors.")] = None,
     gpus: Annotated[
-        float | None, typer.Option(help="GPUs of one actor; fractions allowed.")
+        float | None, typer.Option(help="GPUs of one worker; fractions allowed.")
     ] = None,
     address: Annotated[str | None, typer.Option(help="Address of a Ray cluster.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N samples.")] = None,
     units: Annotated[str | None, typer.Option(help="Part I/N of the units, I from 0.")] = None,
     shuffle: Annotated[int | None, typer.Option(help="Order of the units, by this seed.")] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Read the store first; make what is damaged again.")
+    ] = False,
+    reuse: Annotated[
+        list[str] | None,
+        typer.Option("--reuse", help="Copy what this older store has of it; repeatable."),
+    ] = None,
 ) -> None:
     """Compute what is pending in a pipeline's store; run it again to resume."""
     from drl_data.progress import console_progress
     from drl_data.runs import extract_all
 
     pipeline = _load(file, tars, store)
+    if reuse and pipeline.store is not None:
+        changed = pipeline.store.model_copy(update={"reuse": tuple(reuse)})
+        pipeline = pipeline.model_copy(update={"store": changed})
     given = {
         "executor": executor, "workers": workers, "gpus_per_worker": gpus, "address": address
     }  # fmt: skip
     changes = {key: value for key, value in given.items() if value is not None}
     run = type(pipeline.run).model_validate({**pipeline.run.model_dump(), **changes})
+    stop = Stop()
+    _SIGNALS.ask(stop, run.grace_s)
     summaries = extract_all(
         pipeline.model_copy(update={"run": run}),
         limit=limit,
         part=_parse_part(units),
         shuffle_seed=shuffle,
+        repair=repair,
         progress=console_progress(),
+        stop=stop,
     )
     incomplete = [summary for summary in summaries if not _print_summary(summary)]
+    n_left = sum(summary.n_left for summary in summaries)
+    if n_left:
+        err.print(f"interrupted, {n_left} units left; run the same command again to resume")
+        _exit_now(3)
     raise typer.Exit(1 if incomplete else 0)
+
+
+def _exit_now(status: int) -> NoReturn:
+    """End without waiting for threads that compute still."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+@app.command()
+def merge(
+    urls: Annotated[list[str], typer.Argument(metavar="STORE...", help="Finished stores.")],
+    target: Annotated[str, typer.Option("--out", help="Folder or URL of the new store.")],
+) -> None:
+    """Join stores of other samples, or of other taps or timesteps of the same samples."""
+    from drl_data.merge import merge as run_merge
+    from drl_data.progress import console_progress
+
+    stop = Stop()
+    _SIGNALS.ask(stop, RunSpec().grace_s)
+    summary = run_merge(urls, target, progress=console_progress(), stop=stop)
+    for old in summary.reused.values():
+        out.print(f"of {escape(old.store)}: {describe_reused(old)}", soft_wrap=True)
+    for unit, message in summary.failed:
+        err.print(f"[red]unit {unit.id} failed:[/] {escape(message)}", soft_wrap=True)
+    state = "sealed" if summary.store.sealed else "not finished"
+    out.print(
+        f"{target}: {state}, {summary.n_pending - summary.n_left - len(summary.failed)} of "
+        f"{summary.n_units} units merged now",
+        soft_wrap=True,
+    )
+    if summary.n_left:
+        err.print(f"interrupted, {summary.n_left} units left; run the same command again to resume")
+        _exit_now(3)
+    raise typer.Exit(1 if _print_invalid(summary.store) or summary.failed else 0)
 
 
 @app.command()
@@ -257,7 +358,7 @@ def status(url: StoreUrl) -> None:
     n_ok = sum(receipt.n_ok for receipt in receipts.values())
     state = "sealed" if store.sealed else "open"
     out.print(
-        f"{url}: {state}, {len(receipts)} of {len(store.units)} units done, {n_ok} of "
+        f"{redacted(url)}: {state}, {len(receipts)} of {len(store.units)} units done, {n_ok} of "
         f"{store.spec.n_samples} samples ok; fingerprint {store.fingerprint}",
         soft_wrap=True,
     )
@@ -273,15 +374,90 @@ def status(url: StoreUrl) -> None:
 def verify(
     url: StoreUrl,
     deep: Annotated[bool, typer.Option(help="Read every byte and check it.")] = False,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="Extract K random rows anew and compare.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--pipeline", help="Pipeline file, for --sample: its model.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of rows.")] = 0,
+    device: Device = None,
 ) -> None:
-    """Check a store against its receipts: sizes, or with --deep checksums and values."""
-    from drl_data.store import FeatureStore
+    """Check a store against its receipts: sizes, or with --deep checksums and values; with --sample
+    also against the model."""
+    from drl_data.store import FeatureStore, problems_at
+    from drl_data.verify import foreign_objects
 
-    problems = FeatureStore.open(url).verify(deep=deep)
+    problems = problems_at(url, deep=deep)
     for problem in problems:
         err.print(f"[red]problem:[/] {escape(str(problem))}", soft_wrap=True)
-    out.print(f"{url}: {len(problems)} problems", soft_wrap=True)
-    raise typer.Exit(1 if problems else 0)
+    units = sorted({problem.unit for problem in problems if problem.unit is not None})
+    named = f"; units {', '.join(map(str, units))}" if units else ""
+    out.print(f"{redacted(url)}: {len(problems)} problems{named}", soft_wrap=True)
+    if any(problem.object == "zarr.json" for problem in problems):
+        raise typer.Exit(1)
+    store = FeatureStore.open(url)
+    foreign = foreign_objects(store)
+    if foreign:
+        out.print(
+            f"note: {len(foreign)} objects that are not the store's, such as {foreign[0]}",
+            soft_wrap=True,
+            markup=False,
+        )
+    differs = sample is not None and not _print_spot_check(store, file, sample, seed, device)
+    raise typer.Exit(1 if problems or differs else 0)
+
+
+def _print_spot_check(
+    store: FeatureStore, file: Path | None, n_rows: int, seed: int, device: str | None
+) -> bool:
+    """Extract rows anew and say how they compare; whether all agree."""
+    from drl_data.spot_check import spot_check
+
+    if file is None:
+        raise SpecError("--sample needs --pipeline FILE, which says where the model is")
+    found = spot_check(store, Pipeline.load(file), n_rows, seed=seed, device=device)
+    for difference in found.differences[:MAX_LISTED]:
+        err.print(f"[red]differs:[/] {escape(str(difference))}", soft_wrap=True)
+    if len(found.differences) > MAX_LISTED:
+        err.print(f"... and {len(found.differences) - MAX_LISTED} more")
+    for name, largest in found.largest.items():
+        out.print(f"  {name}: largest relative difference of a row {largest:.3g}", soft_wrap=True)
+    out.print(
+        f"{found.n_rows} rows extracted anew, {found.n_equal} equal bit for bit; "
+        f"{found.n_invalid} invalid rows tried again; {len(found.differences)} differences",
+        soft_wrap=True,
+    )
+    return not found.differences
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="Folder or URL of a store.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Folder or URL of another.")],
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Status 1 also where rows differ by rounding only.")
+    ] = False,
+) -> None:
+    """Compare two stores: specs, arrays, rows, values; status 0 if equal but for rounding."""
+    from drl_data.diff import diff_stores, format_diff
+    from drl_data.store import FeatureStore
+
+    found = diff_stores(FeatureStore.open(a), FeatureStore.open(b))
+    for line in format_diff(found):
+        out.print(line, soft_wrap=True, markup=False, highlight=False)
+    columns = ("array", "timestep", "view", "rows", "differ", "beyond", "largest", "tolerance")
+    table = Table(*columns, "first", box=None)
+    for one in found.common:
+        rows = one.found
+        numbers = (rows.n_rows, rows.n_differing, rows.n_beyond)
+        sizes = (f"{rows.largest:.2g}", f"{one.tolerance:.2g}")
+        first = "" if rows.first is None else str(rows.first)
+        table.add_row(one.array, one.timestep, one.view, *map(str, numbers), *sizes, first)
+    out.print(table)
+    out.print(f"{found.verdict}: {found.n_rows} rows of both compared", soft_wrap=True)
+    wanted = ("equal",) if exact else ("equal", "equal within tolerance")
+    raise typer.Exit(0 if found.verdict in wanted else 1)
 
 
 @app.command()
@@ -347,7 +523,8 @@ def _load(file: Path, tars: list[str] | None, store: str | None) -> Pipeline:
         dataset = pipeline.dataset.model_copy(update={"tars": splits})
         pipeline = pipeline.model_copy(update={"dataset": dataset})
     if store is not None:
-        pipeline = pipeline.model_copy(update={"store": StoreSpec(url=store)})
+        reuse = () if pipeline.store is None else pipeline.store.reuse
+        pipeline = pipeline.model_copy(update={"store": StoreSpec(url=store, reuse=reuse)})
     return pipeline
 
 
@@ -411,20 +588,47 @@ def _print_plan(prepared: Prepared) -> None:
 
 def _print_summary(summary: RunSummary) -> bool:
     """Say what a run did; whether its store has everything."""
+    if summary.repaired:
+        _print_repair(summary.repaired)
     if not summary.n_pending:
         out.print(f"nothing left to do: {summary.n_units} units done, no backbone was started")
     else:
         rate = summary.n_ok / summary.wall_s
         out.print(
             f"{summary.n_ok} samples in {summary.wall_s:.1f} s ({rate:.1f}/s), "
-            f"{format_bytes(summary.n_bytes)} to {summary.store.url}",
+            f"{format_bytes(summary.n_bytes)} to {redacted(summary.store.url)}",
             soft_wrap=True,
         )
         stages = ", ".join(f"{name} {s:.1f}" for name, s in summary.stage_s.items())
         out.print(f"seconds by stage, over all threads: {stages}", soft_wrap=True)
+    for old in summary.reused.values():
+        out.print(f"reused of {escape(old.store)}: {describe_reused(old)}", soft_wrap=True)
     for unit, message in summary.failed:
         err.print(f"[red]unit {unit.id} failed:[/] {escape(message)}", soft_wrap=True)
     return not _print_invalid(summary.store) and not summary.failed
+
+
+def _print_repair(repaired: Repair) -> None:
+    for path in repaired.rewritten:
+        out.print(f"repaired: {path} written again", soft_wrap=True)
+    for name in repaired.fits:
+        out.print(f"repaired: the fit of {name} made again", soft_wrap=True)
+    if repaired.units:
+        out.print(
+            f"repaired: {len(repaired.removed)} objects removed, units "
+            f"{', '.join(map(str, repaired.units))} computed again",
+            soft_wrap=True,
+        )
+    if repaired.unsealed:
+        out.print("repaired: the seal was removed; a complete store is sealed again")
+
+
+def describe_reused(old: Reused) -> str:
+    """What was copied from an older store, in words."""
+    return (
+        f"{old.features} features of {old.rows} rows; {old.linked} objects linked, {old.copied} "
+        f"copied by the server, {old.rewritten} read and written whole"
+    )
 
 
 def _print_invalid(store: FeatureStore) -> int:
@@ -432,8 +636,8 @@ def _print_invalid(store: FeatureStore) -> int:
     rows = [row for receipt in store.receipts().values() for row in receipt.invalid]
     for row in rows[:MAX_LISTED]:
         err.print(
-            f"[yellow]invalid:[/] row {row.row}, {escape(row.key)}: {row.stage}: "
-            f"{escape(row.reason)}",
+            f"[yellow]invalid:[/] row {row.row}, {escape(visible(row.key))}: {row.stage}: "
+            f"{escape(visible(row.reason))}",
             soft_wrap=True,
         )
     if len(rows) > MAX_LISTED:

@@ -12,12 +12,14 @@ DrlDataError
 │   ├── AlignmentError        a write that is not one whole unit
 │   ├── FeatureError          features of the wrong shape or dtype, or not finite
 │   └── ConflictError         two writers signed one unit with different bytes
-├── ObjectError               object storage failed; the same call may work the next time
+├── ObjectError               object storage failed
 │   ├── ObjectNotFoundError   ... the object is not there
+│   ├── TransientError        ... busy, cut off, timed out: was tried again and again
 │   └── StorageUnusableError  ... access denied, bucket missing, disk full: ends the run
 ├── ForkError                 a handle that does not survive fork() was used in a forked process
 ├── StoppedError              a unit given back, because the run was told to stop
 └── ExecutionError            workers died, or units failed more often than allowed
+    ├── HostMemoryError       the host without memory for a unit, as MemoryError is
     ├── DeviceMemoryError     a GPU without enough memory for the model, or for one image
     └── DeviceLostError       a GPU whose context is broken: this process cannot use it again
 """
@@ -26,16 +28,37 @@ from __future__ import annotations
 
 import re
 
-_USER_INFO = re.compile(r"([a-z][a-z0-9+.-]*://)[^/@\s'\"]+@", re.IGNORECASE)
+HIDDEN = "***"
+"""What stands in the place of a secret."""
+
+_USER_INFO = re.compile(r"([a-z][a-z0-9+.-]*://)[^/\s'\"]+@", re.IGNORECASE)
 _QUERY = re.compile(r"([a-z][a-z0-9+.-]*://[^?\s'\"]*)\?[^\s'\"]*", re.IGNORECASE)
+_PARAMETER = re.compile(
+    r"\b((?:X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|AWSAccessKeyId|Signature|sig|"
+    r"access_token)=)[^&\s'\"]+",
+    re.IGNORECASE,
+)
 
 
 def redacted(text: str) -> str:
     """The text without what may be secret in the URLs in it: user, password, query.
 
-    `https://me:secret@host/a.tar?X-Amz-Signature=1` becomes `https://***@host/a.tar?***`.
+    `https://me:secret@host/a.tar?X-Amz-Signature=1` becomes `https://***@host/a.tar?***`. A
+    signature of a presigned URL is hidden without a URL around it too.
     """
-    return _QUERY.sub(r"\1?***", _USER_INFO.sub(r"\1***@", text))
+    text = _QUERY.sub(rf"\1?{HIDDEN}", _USER_INFO.sub(rf"\1{HIDDEN}@", text))
+    return _PARAMETER.sub(rf"\1{HIDDEN}", text)
+
+
+def is_redacted(url: str) -> bool:
+    """Whether a URL has lost its secrets, so that it names an object but cannot read it."""
+    return f"://{HIDDEN}@" in url or url.endswith(f"?{HIDDEN}")
+
+
+def visible(text: str) -> str:
+    """The text as one line of printable characters: a name in a tar may hold a terminal's controls,
+    and all that is not printable is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class DrlDataError(Exception):
@@ -78,7 +101,7 @@ class ImageError(DrlDataError):
     def __init__(self, stage: str, reason: str) -> None:
         super().__init__(f"{stage}: {reason}")
         self.stage = stage
-        self.reason = reason
+        self.reason = redacted(reason)
 
 
 class StoreError(DrlDataError):
@@ -105,6 +128,10 @@ class ObjectNotFoundError(ObjectError):
     """The object is not there."""
 
 
+class TransientError(ObjectError):
+    """A request that may work the next time; whoever sees it, requests were repeated in vain."""
+
+
 class StorageUnusableError(ObjectError):
     """Access denied, a bucket that is missing, a full disk: no retry helps, the run ends."""
 
@@ -119,6 +146,11 @@ class StoppedError(DrlDataError):
 
 class ExecutionError(DrlDataError):
     """Workers died, or units failed more often than allowed."""
+
+
+class HostMemoryError(ExecutionError, MemoryError):
+    """The host had too little memory for a unit: executors take the worker for dead, and search for
+    the sample that exhausts memory if it happens again."""
 
 
 class DeviceMemoryError(ExecutionError):

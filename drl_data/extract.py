@@ -13,38 +13,41 @@ import queue
 import resource
 import socket
 import sys
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from drl_data.backbones import Backbone, find_model, load_backbone
+from drl_data.backbones import Backbone, Model, find_model, load_backbone
 from drl_data.conditions import SampleConditions
+from drl_data.device_memory import MicroBatches, described, faults_named, is_out_of_memory
 from drl_data.diffusion_spec import ConditionSpec
-from drl_data.errors import FeatureError, StoreMismatchError, TapError
+from drl_data.errors import (
+    DeviceMemoryError,
+    ImageError,
+    StoreMismatchError,
+    TapError,
+    redacted,
+)
 from drl_data.features import FeatureComputer
 from drl_data.fits import fitted
-from drl_data.images import ImageBatch, read_batches
-from drl_data.metering import ByteBudget, Clock
+from drl_data.images import read_batches
+from drl_data.index import SampleIndex, TarInfo
+from drl_data.metering import ByteBudget, Clock, take
 from drl_data.noise_bank import bank_digest, read_bank
+from drl_data.numerics import COUNTS_BYTES
 from drl_data.pipeline import RunSpec
-from drl_data.plan import InvalidRow, Lease, Unit
-from drl_data.quantise import (
-    DamageMeter,
-    from_storage,
-    storage_buffer,
-    to_storage,
-)
-from drl_data.receipts import Damage, Receipt, RunRecord, UnitCounts
-from drl_data.spec import BackboneSpec, ImageSpec
+from drl_data.plan import Lease, Unit
+from drl_data.receipts import Receipt, RunRecord, TarRecord, UnitCounts
+from drl_data.spec import BackboneSpec
 from drl_data.spec_base import file_digest
 from drl_data.stopping import Stop
 from drl_data.store import FeatureStore
 from drl_data.taps import ResolvedTap
+from drl_data.unit_features import WHOLE, Selection, UnitFeatures, UnitPass
 
 RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "numpy", "pillow", "drl-data")
 
@@ -64,146 +67,206 @@ class ExtractTask:
         conditions: SampleConditions,
         run: RunSpec,
         fits: Mapping[str, int] | None = None,
+        micro_batches: MicroBatches | None = None,
     ) -> None:
         self._store = store
         self._conditions = conditions
-        self._fits = dict(fits or {})
+        self.fits = dict(fits or {})
+        """Array -> CRC-32C of the fitted reduction that it is reduced by."""
         self._spec = store.spec
         self._index = store.index
         self._run = run
         self._device = computers[0].backbone.device
+        self._micro_batches = micro_batches or MicroBatches(self._device)
         self._computers: queue.SimpleQueue[FeatureComputer] = queue.SimpleQueue()
         for computer in computers:
             self._computers.put(computer)
+        self.identity = run_identity(self._device)
+        """Where this is and with what, as receipts record it."""
         self._budget = ByteBudget(run.memory_bytes)
+        self._prefetch_bytes = max(run.memory_bytes // 32, 1)
 
-    def __call__(self, lease: Lease, stop: Stop | None = None) -> Receipt:
-        """Compute and write one unit; returns the receipt that the store holds in the end.
+    def __call__(self, lease: Lease, stop: Stop | None = None) -> UnitResult | None:
+        """Compute and write one unit; None if the lease only probes some rows.
+
+        Another driver may have signed the unit: then its receipt is returned and nothing computed.
 
         Raises:
-            FeatureError: features not finite, or past the storage dtype's range with
-                `overflow: error`.
+            StoppedError: the run ends, and the unit had not begun or took too long.
+            FeatureError: features not finite or past the storage dtype's range where the spec
+                says that this is an error.
             InputError: a tar that changed since it was indexed.
             ObjectError: storage that failed.
+            DeviceMemoryError: a GPU without memory for a single image.
+            HostMemoryError: the host without memory.
+            DeviceLostError: a GPU that this process cannot use again.
         """
-        unit, clock = lease.unit, Clock(self._device)
-        n_times = len(self._store.times)
-        per_row = sum(a.n_cells(n_times) * a.bytes_per_row for a in self._store.arrays)
-        features_bytes = unit.n_rows * per_row
-        prefetch_bytes = max(self._run.memory_bytes // 32, 1)
-        with self._budget.reserve(features_bytes + prefetch_bytes):
-            batches = read_batches(
-                unit,
-                self._index,
-                self._spec.images,
-                batch_size=self._spec.batch_size,
-                n_threads=self._run.decode_threads,
-                prefetch_bytes=prefetch_bytes,
-                views=True,
-            )
-            with closing(batches):
-                primed = itertools.chain([next(batches)], batches)  # reads while others compute
-                computer = self._computers.get()
-                try:
-                    computed = self._compute_unit(unit, primed, computer, clock)
-                finally:
-                    self._computers.put(computer)
-            return self._store.write(
-                unit,
-                {name: _as_numpy(x) for name, x in computed.features.items()},
-                computed.invalid,
-                RunRecord(
-                    seconds=clock.seconds(),
-                    peak_bytes=_peak_bytes(self._device),
-                    host=socket.gethostname(),
-                    device=_device_name(self._device),
-                    versions=_versions(),
-                    attempt=lease.attempt,
-                    damage=computed.damage,
-                ),
-                UnitCounts(
-                    samples=self._index.digest_rows(unit.start, unit.stop),
-                    input_bytes=computed.input_bytes,
-                    clipped=computed.clipped,
-                    fits=self._fits,
-                ),
-            )
+        unit, stop = lease.unit, stop or Stop()
+        stop.check_begin()
+        if lease.probe is None:
+            signed = self._store.receipt(unit)
+            if signed is not None:
+                return UnitResult(signed, computed=False)
+        with self.room(unit, stop):
+            clock = Clock(self._device)
+            selection = Selection() if lease.probe is None else _rows_of(unit, *lease.probe)
+            computed = self.compute(unit, selection, poison=lease.poison, clock=clock, stop=stop)
+            if lease.probe is not None:
+                return None
+            return self.write(unit, computed, clock=clock, attempt=lease.attempt)
 
-    def _compute_unit(
-        self, unit: Unit, batches: Iterator[ImageBatch], computer: FeatureComputer, clock: Clock
-    ) -> _Computed:
-        features = {
-            array.name: storage_buffer(
-                array,
-                (self._store.n_cells(array.name), unit.n_rows),
-                pinned=self._device.type == "cuda",
-            )
-            for array in self._store.arrays
-        }
-        computed = _Computed(features)
-        overflowed: list[tuple[str, int, Tensor]] = []
-        meters: dict[str, DamageMeter] = defaultdict(DamageMeter)
-        clip = self._spec.overflow == "clip"
-        for batch in clock.waiting(batches):
-            clock.add("read", batch.read_s)
-            clock.add("decode", batch.decode_s)
-            computed.input_bytes += batch.n_bytes
-            with clock.stage("condition"):
-                told = self._conditions.batch(batch.start, batch.n_rows, len(batch.pixels))
-            invalid = _merged(batch.invalid, told.invalid)
-            computed.invalid.extend(invalid)
-            rows = _valid_positions(batch, invalid)
-            if not rows:
-                continue
-            place = [batch.start - unit.start + row for row in rows]
-            for view, keys in enumerate(noise_keys(batch, self._spec.images)):
-                pixels = batch.of_view(view)
-                for t, captured in computer.compute(pixels, keys, clock, told.conditioning):
-                    with clock.stage("copy"):
-                        for name, x in captured.items():
-                            chosen = x[: batch.n_rows] if len(rows) == batch.n_rows else x[rows]
-                            array = self._store.array(name)
-                            stored, count = to_storage(chosen, array, clip=clip)
-                            overflowed.append((name, t, count))
-                            cell = array.cell(t, view, len(self._store.times))
-                            for part, cast in stored.items():
-                                _copy_rows(features[part][cell], place, cast)
-                            if unit.id == 0 and batch.start == unit.start:
-                                meters[name].add(chosen, from_storage(stored, array))
-        clock.synchronize()
-        computed.clipped = self._check_overflow(unit, overflowed)
-        computed.damage = {
-            name: Damage(relative_rmse=found[0], cosine=found[1])
-            for name, meter in meters.items()
-            if (found := meter.result()) is not None
-        }
-        return computed
-
-    def _check_overflow(
-        self, unit: Unit, counts: Sequence[tuple[str, int, Tensor]]
-    ) -> dict[str, dict[str, int]]:
-        """Clipped values of each array and requested timestep that has any.
+    @contextmanager
+    def room(self, unit: Unit, stop: Stop) -> Iterator[None]:
+        """Hold the memory that the features of a unit take; blocks until it is free.
 
         Raises:
-            FeatureError: if there are any and the spec does not allow clipping.
+            StoppedError: the run was told to stop meanwhile.
         """
-        totals: dict[tuple[str, int], int] = defaultdict(int)
-        for name, t, count in counts:
-            totals[name, t] += int(count)
-        over = {place: n for place, n in totals.items() if n}
-        if over and self._spec.overflow == "error":
-            lines = ", ".join(
-                f"{name} at timestep {self._store.times[t].requested:g}: {n} values"
-                for (name, t), n in over.items()
-            )
-            raise FeatureError(
-                f"unit {unit.id}: {lines} are too large for {self._spec.dtype}; set "
-                "`features.dtype: bfloat16` or float32, or `features.overflow: clip`"
-            )
-        clipped: dict[str, dict[str, int]] = defaultdict(dict)
-        for (name, t), n in over.items():
-            clipped[name][f"{self._store.times[t].requested:g}"] = n
-        return dict(clipped)
+        n_times = len(self._store.times)
+        per_row = sum(
+            a.n_cells(n_times) * (a.bytes_per_row + COUNTS_BYTES) for a in self._store.arrays
+        )
+        n_bytes = unit.n_rows * per_row + self._prefetch_bytes
+        with self._budget.reserve(n_bytes, stop.check_begin):
+            yield
+
+    def compute(
+        self,
+        unit: Unit,
+        selection: Selection = WHOLE,
+        *,
+        poison: Sequence[tuple[int, str]] = (),
+        clock: Clock | None = None,
+        stop: Stop | None = None,
+        into: Mapping[str, Tensor] | None = None,
+    ) -> UnitFeatures:
+        """The features of a unit, or of a part of it; nothing is written. Inside `room`.
+
+        Rows of `poison` (row, why) are invalid without being read. `into` has the memory to fill,
+        as `empty_features` makes it. Reading begins at once, computing when a computer is free.
+
+        Raises:
+            as `__call__`.
+        """
+        clock, stop = clock or Clock(self._device), stop or Stop()
+        batches = read_batches(
+            unit,
+            self._index,
+            self._spec.images,
+            batch_size=self._spec.batch_size,
+            n_threads=self._run.decode_threads,
+            prefetch_bytes=self._prefetch_bytes,
+            views=True,
+            retries=clock.retries,
+            rows=selection.rows,
+            skip={row: ImageError("worker", reason) for row, reason in poison},
+        )
+        doing = f"{self._store.url}, unit {unit.id}"
+        with closing(batches), faults_named(self._device, doing):
+            first = list(itertools.islice(batches, 1))  # reads while others compute
+            computer = take(self._computers, stop.check_begin)
+            try:
+                work = UnitPass(
+                    self._store,
+                    unit,
+                    computer,
+                    self._conditions,
+                    selection,
+                    clock=clock,
+                    micro_batches=self._micro_batches,
+                    ask=stop.check,
+                    into=into,
+                )
+                return work.run(itertools.chain(first, batches))
+            finally:
+                self._computers.put(computer)
+
+    def write(
+        self, unit: Unit, computed: UnitFeatures, *, clock: Clock, attempt: int = 1
+    ) -> UnitResult:
+        """Write a whole unit and sign it; what another driver signed first stays.
+
+        Raises:
+            FeatureError: values that are not finite.
+            ConflictError: the unit is signed with other content.
+            ObjectError: storage that failed.
+        """
+        run = unit_record(
+            self.identity, self._index, unit, clock, attempt, [computed], self._device
+        )
+        counts = UnitCounts(
+            samples=self._index.digest_rows(unit.start, unit.stop),
+            input_bytes=computed.input_bytes,
+            clipped=computed.clipped,
+            non_finite=computed.non_finite,
+            fits=self.fits,
+        )
+        features = {name: as_numpy(x) for name, x in computed.features.items()}
+        receipt = self._store.write(unit, features, computed.invalid, run, counts)
+        return UnitResult(receipt, computed=is_of(receipt, run))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone is."""
+        return self._device
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """The receipt of a unit, and whether it is of this run or was found in the store."""
+
+    receipt: Receipt
+    computed: bool
+
+
+def is_of(receipt: Receipt, run: RunRecord) -> bool:
+    """Whether a receipt is of this very attempt: no two measure the same seconds."""
+    seconds = {name: s for name, s in receipt.run.seconds.items() if name != "write"}
+    return (seconds, receipt.run.host) == (run.seconds, run.host)
+
+
+def run_identity(device: torch.device) -> RunRecord:
+    """Where this is and with what, as receipts record it."""
+    return RunRecord(host=socket.gethostname(), device=_device_name(device), versions=_versions())
+
+
+def unit_record(
+    identity: RunRecord,
+    index: SampleIndex,
+    unit: Unit,
+    clock: Clock,
+    attempt: int,
+    parts: Sequence[UnitFeatures],
+    device: torch.device,
+) -> RunRecord:
+    """How a unit was computed: here and now, in one or more parts."""
+    micro_batches = [part.micro_batch for part in parts if part.micro_batch is not None]
+    return identity.model_copy(
+        update={
+            "seconds": clock.seconds(),
+            "peak_bytes": _peak_bytes(device),
+            "attempt": attempt,
+            "damage": {name: found for part in parts for name, found in part.damage.items()},
+            "tars": tar_records(index, unit),
+            "retries": clock.retries.value,
+            "micro_batch": min(micro_batches, default=None),
+        }
+    )
+
+
+def tar_records(index: SampleIndex, unit: Unit) -> tuple[TarRecord, ...]:
+    """The tars of a unit's rows as they were indexed; `read_batches` refuses others."""
+    numbers = sorted(set(index.slice(unit.start, unit.stop).column("tar").to_pylist()))
+    return tuple(
+        TarRecord(url=redacted(tar.url), size=tar.size, etag=tar.etag)
+        for tar in (index.tars[number] for number in numbers)
+    )
+
+
+def _rows_of(unit: Unit, start: int, stop: int) -> Selection:
+    """Rows `start` to `stop` (exclusive) of the index, as far as they are the unit's."""
+    rows = np.arange(unit.start, unit.stop)
+    return Selection(rows=(rows >= start) & (rows < stop))
 
 
 def make_task(
@@ -214,19 +277,24 @@ def make_task(
     n_cpus: int,
     device: str | None = None,
     noise_file: str | None = None,
+    tars: Sequence[TarInfo] | None = None,
+    read_only: bool = False,
 ) -> ExtractTask:
     """Open the store and load the weights: what an executor runs once in each worker.
 
     `backbone`, `condition` and `noise_file` say where the files are whose digests the store's spec
-    holds.
+    holds; `tars` where the tars are, if the store's index does not.
     `n_cpus` is how many units may compute at a time where there is no GPU. `device` defaults to
-    the first visible GPU, else the CPU.
+    the first visible GPU, else the CPU. With `read_only` no fit is put where there is none.
 
     Raises:
         StoreMismatchError: if the weights are not those that the store was made for.
         TapError: if the model has other modules than when the store was made.
+        DeviceMemoryError: if the device has too little memory for the model.
     """
     store = FeatureStore.open(store_url)
+    if tars is not None:
+        store.locate_tars(tars)
     model = find_model(backbone)
     found = {"weights": model.digest(), **condition_files(condition)}
     wanted = {"weights": store.spec.weights, **store.spec.condition_files}
@@ -241,25 +309,54 @@ def make_task(
             f"have {found}; give the same files, or another store"
         )
     use_exact_float32()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_backbone(model, device)
-    conditions = SampleConditions(loaded, condition, store.index)
-    computer = FeatureComputer(
-        loaded,
-        _frozen_taps(loaded, store),
-        conditions.constant,
-        store.times,
-        store.spec,
-        bank=bank,
-        candidates=conditions.candidates,
+    loaded = _loaded(
+        model, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     )
     on_cpu = loaded.device.type == "cpu"
     if on_cpu:
         torch.set_num_threads(1)
-    fits, checksums = fitted(store, computer, conditions, run)
-    computer = computer.with_taps(computer.taps, fits)
-    replicas = [computer.replica() for _ in range(n_cpus - 1)] if on_cpu else []
-    return ExtractTask(store, [computer, *replicas], conditions, run, checksums)
+    with faults_named(loaded.device, f"{store_url}, before the first unit"):
+        conditions = SampleConditions(loaded, condition, store.index)
+        computer = FeatureComputer(
+            loaded,
+            _frozen_taps(loaded, store),
+            conditions.constant,
+            store.times,
+            store.spec,
+            bank=bank,
+            candidates=conditions.candidates,
+        )
+        micro_batches = MicroBatches(loaded.device)
+        fits, checksums = fitted(
+            store, computer, conditions, run, micro_batches, read_only=read_only
+        )
+        computer = computer.with_taps(computer.taps, fits)
+        replicas = [computer.replica() for _ in range(n_cpus - 1)] if on_cpu else []
+    computers = [computer, *replicas]
+    return ExtractTask(store, computers, conditions, run, checksums, micro_batches)
+
+
+def _loaded(model: Model, device: torch.device) -> Backbone:
+    """The backbone on a device.
+
+    Raises:
+        DeviceMemoryError: naming the device, its memory, and what the weights take.
+    """
+    with faults_named(device, "loading the model"):
+        try:
+            return load_backbone(model, str(device))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            meta = load_backbone(model, "meta")
+            parts = [part for part in (meta.network, meta.vae) if part is not None]
+            n_bytes = sum(p.nbytes for part in parts for p in part.parameters())
+            raise DeviceMemoryError(
+                f"{described(device)}: the model takes {n_bytes / 1e9:.2f} GB in "
+                f"{str(meta.dtype).removeprefix('torch.')} and does not fit; set `backbone.dtype: "
+                "bfloat16`, end what else runs on the GPU (`run.gpus_per_worker: 1`, fewer "
+                "workers), or take one with more memory"
+            ) from error
 
 
 def condition_files(condition: ConditionSpec) -> dict[str, str]:
@@ -289,46 +386,8 @@ def _frozen_taps(backbone: Backbone, store: FeatureStore) -> tuple[ResolvedTap, 
     return taps
 
 
-@dataclass
-class _Computed:
-    """What computing a unit leaves for the writer; features [t, rows, *shape] on the host."""
-
-    features: dict[str, Tensor]
-    invalid: list[InvalidRow] = field(default_factory=list)
-    input_bytes: int = 0
-    clipped: dict[str, dict[str, int]] = field(default_factory=dict)
-    damage: dict[str, Damage] = field(default_factory=dict)
-
-
-def noise_keys(batch: ImageBatch, images: ImageSpec) -> Iterator[list[str]]:
-    """What the noise of each row is seeded by, for each view: the sample's key, and for views but
-    the image itself also the view's name. Rows past the end have the key ""."""
-    rest = [""] * (len(batch.pixels) - batch.n_rows)
-    for name in images.view_names or ("id",):
-        suffix = "" if name == "id" else f"\x1f{name}"
-        yield [*(f"{key}{suffix}" for key in batch.keys), *rest]
-
-
-def _merged(first: Sequence[InvalidRow], second: Sequence[InvalidRow]) -> list[InvalidRow]:
-    """Each invalid row once, in order of rows; the first reason counts."""
-    rows = {row.row: row for row in (*second, *first)}
-    return [rows[row] for row in sorted(rows)]
-
-
-def _valid_positions(batch: ImageBatch, invalid: Sequence[InvalidRow]) -> list[int]:
-    bad = {row.row - batch.start for row in invalid}
-    return [i for i in range(batch.n_rows) if i not in bad]
-
-
-def _copy_rows(host: Tensor, rows: Sequence[int], x: Tensor) -> None:
-    """host[rows] = x, without waiting for the device where the rows are one run."""
-    if rows[-1] - rows[0] + 1 == len(rows):
-        host[rows[0] : rows[-1] + 1].copy_(x, non_blocking=True)
-    else:
-        host[list(rows)] = x.to(host.device)
-
-
-def _as_numpy(x: Tensor) -> np.ndarray:
+def as_numpy(x: Tensor) -> np.ndarray:
+    """The same memory as the store takes it: bfloat16 as its bits."""
     return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 

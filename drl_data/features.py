@@ -22,8 +22,7 @@ from drl_data.diffusion_spec import NoiseSpec
 from drl_data.noise import batch_noise, noise_table
 from drl_data.schedule import NoiseSchedule, corrupt, ddim_step, inversion_times, mask_patches
 from drl_data.spec import FeatureSpec, ResolvedTime
-from drl_data.tap_reducer import Fits, TapReducer
-from drl_data.tap_sites import LOSS
+from drl_data.tap_reducer import Fits, TapReducer, TapTimes
 from drl_data.taps import ResolvedTap
 
 
@@ -92,6 +91,7 @@ class FeatureComputer:
         keys: Sequence[str],
         clock: StageClock = NO_CLOCK,
         conditioning: Conditioning | None = None,
+        wanted: TapTimes | None = None,
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """(position of the timestep, {array: features [b, *shape]}) for each timestep in turn.
 
@@ -102,15 +102,20 @@ class FeatureComputer:
         timesteps and members. The timesteps come in the order of the spec, but of an inversion in
         the order in which it meets them. What is the same at every timestep comes with the first
         of them, what is averaged over them with the last.
+
+        With `wanted` only these arrays at these timesteps: the forwards of others are left out, and
+        what is computed is the same, bit for bit. An array averaged over timesteps is wanted at all
+        of them or at none, one that is the same at all of them at any.
         """
         told = self._conditioning if conditioning is None else conditioning
-        reducer = TapReducer(self.taps, n_times=len(self._times), fits=self._fits)
+        reducer = TapReducer(self.taps, n_times=len(self._times), fits=self._fits, wanted=wanted)
+        times = sorted(range(len(self._times)) if wanted is None else set().union(*wanted.values()))
         with clock.stage("encode"):
             latents, timeless = self._latents(pixels, keys, reducer)
         along = (
-            self._inverted(latents[0], told, reducer, clock)
+            self._inverted(latents[0], told, reducer, clock, times)
             if self._path
-            else self._corrupted(latents, keys, told, reducer, clock)
+            else self._corrupted(latents, keys, told, reducer, clock, times)
         )
         for t, features in along:
             self.dims.update(reducer.dims)
@@ -124,13 +129,15 @@ class FeatureComputer:
         told: Conditioning,
         reducer: TapReducer,
         clock: StageClock,
+        times: Sequence[int],
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Features of the latents of each member, with noise or a mask, at each timestep."""
         spec = self._spec.noise
         degrade = mask_patches if spec.kind == "patch_mask" else corrupt
         with clock.stage("encode"):
             noise = self._noise(keys, latents)
-        for t, when in enumerate(self._times):
+        for t in times:
+            when = self._times[t]
             with clock.stage("denoise"):
                 if not spec.moves:
                     noise = self._noise(keys, latents, t)
@@ -139,18 +146,25 @@ class FeatureComputer:
                     for x, eps in zip(latents, noise, strict=True)
                 ]
                 features = self._features_at(t, noisy, told, reducer)
-                features |= self._errors_at(when, latents, noise, noisy)
+                features |= self._errors_at(when, latents, noise, noisy, reducer.losses)
             yield t, features
 
     def _inverted(
-        self, latents: Tensor, told: Conditioning, reducer: TapReducer, clock: StageClock
+        self,
+        latents: Tensor,
+        told: Conditioning,
+        reducer: TapReducer,
+        clock: StageClock,
+        times: Sequence[int],
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Features along the DDIM inversion of the latents (Song et al. 2021, section 4.3).
 
         One pass through the steps for all timesteps, the deepest of which is the last one and may
         stop at the last tap. The latents stay in float32, whatever the backbone computes in.
         """
-        wanted = {when.requested: t for t, when in enumerate(self._times)}
+        wanted = {self._times[t].requested: t for t in times}
+        if not wanted:
+            return
         deepest = min(wanted)
         schedule = self.backbone.schedule
         assert isinstance(schedule, NoiseSchedule), "inversion_times demands it"
@@ -165,7 +179,7 @@ class FeatureComputer:
                 else:
                     if t is not None:
                         reducer.start(t, 1)
-                    taps = () if t is None else reducer.denoiser
+                    taps = [] if t is None else reducer.denoiser
                     output, _ = self.backbone.denoise(given, here, told, taps, reducer.take)
                     features = {} if t is None else reducer.finish()
                     x = ddim_step(output.float(), x, here, there, schedule.prediction)
@@ -255,10 +269,10 @@ class FeatureComputer:
         latents: Sequence[Tensor],
         noise: Sequence[Tensor | None],
         noisy: Sequence[Tensor],
+        taps: Sequence[ResolvedTap],
     ) -> dict[str, Tensor]:
         """{array of a tap `loss`: error of the prediction [b, candidate, member]}, float32, its
         mean over the image (Li et al. 2023, eq. 5, without the mean over noise)."""
-        taps = [tap for tap in self.taps if tap.site == LOSS]
         if not taps:
             return {}
         targets: list[Tensor] = []

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Literal
 
 import safetensors.numpy
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
+from drl_data.backbones import Conditioning
 from drl_data.conditions import SampleConditions
+from drl_data.device_memory import MicroBatches
 from drl_data.errors import FeatureError, InputError, ObjectNotFoundError, StoreError
 from drl_data.features import FeatureComputer
 from drl_data.images import ImageBatch, read_batches
@@ -30,7 +35,13 @@ from drl_data.taps import ResolvedTap
 
 
 def fitted(
-    store: FeatureStore, computer: FeatureComputer, conditions: SampleConditions, run: RunSpec
+    store: FeatureStore,
+    computer: FeatureComputer,
+    conditions: SampleConditions,
+    run: RunSpec,
+    micro_batches: MicroBatches,
+    *,
+    read_only: bool = False,
 ) -> tuple[Fits, dict[str, int]]:
     """The fits of a store on the computer's device, and their checksums; made where there are none.
 
@@ -41,9 +52,18 @@ def fitted(
     """
     wanted = [tap for tap in computer.taps if pca_of(tap.reduce) is not None]
     missing = [tap for tap in wanted if _get(store, tap) is None]
+    if missing and read_only:
+        raise StoreError(
+            f"{store.url}: {', '.join(fit_path(tap.name) for tap in missing)} missing; units that "
+            "are done depend on it: restore it from a backup, or extract into another store"
+        )
     if missing:
-        for name, made in _fit(store, computer, conditions, missing, run).items():
-            store.folder.put_if_absent(fit_path(name), made)
+        # As many samples as the tap that wants most, fitted or not: which samples they are must not
+        # depend on which fits are there already.
+        n_samples = max(n for tap in wanted if (found := pca_of(tap.reduce)) for n in found[2:])
+        made = _fit(store, computer, conditions, missing, n_samples, run, micro_batches)
+        for name, fit in made.items():
+            store.folder.put_if_absent(fit_path(name), [fit])
     fits: dict[str, list[Pca]] = {}
     checksums: dict[str, int] = {}
     for tap in wanted:
@@ -85,35 +105,77 @@ def _fit(
     computer: FeatureComputer,
     conditions: SampleConditions,
     taps: Sequence[ResolvedTap],
+    n_samples: int,
     run: RunSpec,
+    micro_batches: MicroBatches,
 ) -> dict[str, bytes]:
-    """Array -> bytes of its fit, from the first view of samples spread evenly over the rows."""
+    """Array -> bytes of its fit, from the first view of `n_samples` samples, or of as many of them
+    as it wants, spread evenly over the rows."""
     settings = {tap.name: found for tap in taps if (found := pca_of(tap.reduce))}
     before = [replace(tap, reduce=tap.reduce[: settings[tap.name][0]]) for tap in taps]
-    partial = computer.with_taps(before)
+    computer_before = computer.with_taps(before)
     moments: dict[tuple[str, int], Moments] = {}
     n_wanted = {name: n for name, (_, _, n) in settings.items()}
     n_seen = 0
-    for batch in _spread_batches(store, max(n_wanted.values()), run):
+    for batch in _spread_batches(store, n_samples, run):
         told = conditions.batch(batch.start, batch.n_rows, len(batch.pixels))
         bad = {row.row - batch.start for row in (*batch.invalid, *told.invalid)}
         rows = [i for i in range(batch.n_rows) if i not in bad]
         if not rows:
             continue
-        keys = [*batch.keys, *[""] * (len(batch.pixels) - batch.n_rows)]
-        for t, captured in partial.compute(batch.of_view(0), keys, conditioning=told.conditioning):
-            for name, x in captured.items():
-                if n_seen >= n_wanted[name]:
-                    continue
-                channel = partial.dims[name].index("channel") + 1
-                vectors = x[rows].movedim(channel, -1).flatten(0, -2)
-                new = Moments.of(vectors, covariance=True)
-                place = (name, store.array(name).cell(t, 0, len(store.times)))
+        parts: list[dict[tuple[str, int], Moments]] = []
+        micro_batches.run(
+            len(batch.pixels),
+            partial(_add_moments, parts, store, computer_before, batch, told.conditioning, rows),
+        )
+        for place, new in (item for part in parts for item in part.items()):
+            if n_seen < n_wanted[place[0]]:
                 moments[place] = moments[place].merged(new) if place in moments else new
         n_seen += len(rows)
     if not moments:
         raise InputError(f"{store.url}: none of the images to fit on can be read")
+    for tap in taps:
+        for t in range(store.n_times(tap.name)):
+            if (tap.name, t) not in moments:
+                raise FeatureError(
+                    f"{store.url}, tap {tap.name!r}: no sample to fit on has finite features at "
+                    "every timestep; compute in another precision (`backbone.dtype: float32`)"
+                )
     return {tap.name: _solved(store, tap, settings[tap.name][1], moments) for tap in taps}
+
+
+def _add_moments(
+    parts: list[dict[tuple[str, int], Moments]],
+    store: FeatureStore,
+    computer: FeatureComputer,
+    batch: ImageBatch,
+    told: Conditioning,
+    rows: Sequence[int],
+    start: int,
+    stop: int,
+) -> None:
+    """Append {(array, cell): moments of the vectors} of `rows` among `start` to `stop` (exclusive)
+    of a batch."""
+    here = [row - start for row in rows if start <= row < stop]
+    if not here:
+        return
+    keys = [*batch.keys, *[""] * (len(batch.pixels) - batch.n_rows)][start:stop]
+    found: dict[tuple[str, int], Moments] = {}
+    pixels, told = batch.of_view(0)[start:stop], told.rows(start, stop)
+    for t, captured in computer.compute(pixels, keys, conditioning=told):
+        for name, x in captured.items():
+            kept = _finite_rows(x[here], store.spec.non_finite)
+            if len(kept):
+                channel = computer.dims[name].index("channel") + 1
+                vectors = kept.movedim(channel, -1).flatten(0, -2)
+                place = (name, store.array(name).cell(t, 0, len(store.times)))
+                found[place] = Moments.of(vectors, covariance=True)
+    parts.append(found)
+
+
+def _finite_rows(x: Tensor, policy: Literal["error", "clip", "invalid"]) -> Tensor:
+    """Features [b, ...] without the rows that are not finite, unless that is an error later."""
+    return x if policy == "error" else x[torch.isfinite(x).flatten(1).all(1)]
 
 
 def _spread_batches(store: FeatureStore, n_samples: int, run: RunSpec) -> Iterator[ImageBatch]:
@@ -149,7 +211,11 @@ def _solved(
                 "on; want more vectors than components: fit on more samples, pca(K, N)"
             )
         if not torch.isfinite(found.deviation).all():
-            raise FeatureError(f"{store.url}, tap {name!r}: features to fit on are not finite")
+            raise FeatureError(
+                f"{store.url}, tap {name!r}: features to fit on are not finite; compute in another "
+                "precision (`backbone.dtype: bfloat16` or float32), or set `features.non_finite: "
+                "invalid` or clip, and such rows are left out of the fit"
+            )
         components, variances = found.principal(k)
         values = {
             "mean": found.mean,

@@ -14,17 +14,20 @@ import math
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
 
 import numpy as np
-from PIL import Image
+import numpy.typing as npt
+from PIL import GifImagePlugin, Image, ImageFile, PngImagePlugin, TiffImagePlugin
 
-from drl_data.errors import ImageError, InputError, ObjectNotFoundError
+from drl_data.errors import ImageError, InputError, ObjectNotFoundError, is_redacted
 from drl_data.fitting import FILTERS, check_n_pixels, fitted
 from drl_data.index import SampleIndex, TarInfo
-from drl_data.objects import Buffer, Folder, open_parent
+from drl_data.objects import Buffer, Folder, RetryCount, counted, open_parent
 from drl_data.plan import InvalidRow, Unit
 from drl_data.spec import CropViews, ImageSpec, PaddedCropViews
 from drl_data.tar import GzipSource
@@ -36,8 +39,12 @@ MAX_GAP_BYTES = 1 << 20
 """Bytes between two images that are fetched with them; a request costs about as much."""
 _N_READERS = 4
 
+MAX_SCANS = 500
+"""Scans of a progressive JPEG (encoders write about ten): each costs a pass over all pixels."""
+
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 _ORIENTATION_TAG = 0x0112
+_TILE_TAGS = 322, 323
 _TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -72,6 +79,7 @@ def displayed_size(data: Buffer) -> tuple[int, int]:
     Raises:
         ImageError: at stage `decode`, if these bytes do not say it.
     """
+    _check_pillow()
     try:
         image = _open(data)
         sideways = image.getexif().get(_ORIENTATION_TAG, 1) in range(5, 9)
@@ -95,6 +103,7 @@ def _decode(
     data: Buffer, spec: ImageSpec, finish: Callable[[Image.Image], list[np.ndarray]]
 ) -> np.ndarray:
     """What `finish` makes of each frame, [*, c, h, w], joined to [*, *spec.shape]."""
+    _check_pillow()
     try:
         image = _open(data)
         check_n_pixels((image.height, image.width), spec)
@@ -102,23 +111,69 @@ def _decode(
         return frames[0] if spec.frames == 1 else np.stack(frames, axis=2)
     except (ImageError, MemoryError):
         raise
+    except Image.DecompressionBombError as error:
+        if Image.MAX_IMAGE_PIXELS == _MAX_IMAGE_PIXELS and spec.max_pixels <= 2 * _MAX_IMAGE_PIXELS:
+            raise ImageError("decode", _one_line(error)) from error
+        raise InputError(
+            f"PIL.Image.MAX_IMAGE_PIXELS is {Image.MAX_IMAGE_PIXELS} in this process, which "
+            f"refuses an image that images.max_pixels {spec.max_pixels} may allow; set it to None"
+        ) from error
+    except Warning as error:
+        raise InputError(
+            f"{_one_line(error)}: warnings are errors in this process (-W error, PYTHONWARNINGS), "
+            "which refuses images that are valid elsewhere; let them be warnings"
+        ) from error
     except Exception as error:  # a decoder may raise anything on hostile bytes: this row's fault
         raise ImageError("decode", _one_line(error)) from error
 
 
+_MAX_IMAGE_PIXELS = 89_478_485
+_PILLOW: tuple[tuple[ModuleType, str, object], ...] = (
+    (ImageFile, "LOAD_TRUNCATED_IMAGES", False),
+    (PngImagePlugin, "MAX_TEXT_CHUNK", 1 << 20),
+    (PngImagePlugin, "MAX_TEXT_MEMORY", 64 << 20),
+    (GifImagePlugin, "LOADING_STRATEGY", GifImagePlugin.LoadingStrategy.RGB_AFTER_FIRST),
+)
+"""Settings of a process that decide which bytes are an image, with their values of Pillow's."""
+
+
+def _check_pillow() -> None:
+    """Pixels depend on bytes and spec alone, so settings that change them are refused.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    for module, name, want in _PILLOW:
+        if getattr(module, name) != want:
+            raise InputError(
+                f"{module.__name__}.{name} is {getattr(module, name)!r} in this process, want "
+                f"{want!r}: other images would be valid than in other processes; set it back"
+            )
+
+
 def _frames(image: Image.Image, spec: ImageSpec) -> Iterator[Image.Image]:
-    """The first frames of an image, upright and in the mode of the spec."""
-    n_frames = getattr(image, "n_frames", 1) if spec.frames > 1 else 1
-    if n_frames < spec.frames:
-        raise ImageError("decode", f"{n_frames} frames, want {spec.frames} or more (images.frames)")
+    """The first frames of an image, upright and in the mode of the spec; later ones are not even
+    counted."""
     for number in range(spec.frames):
         if spec.frames > 1:
-            image.seek(number)
-            check_n_pixels(
-                (image.height, image.width), spec
-            )  # pages of a TIFF have their own sizes
+            try:
+                image.seek(number)
+            except EOFError as error:
+                raise ImageError(
+                    "decode", f"{number} frames, want {spec.frames} or more (images.frames)"
+                ) from error
+            # pages of a TIFF have their own sizes
+            check_n_pixels((image.height, image.width), spec)
+        _check_tiles(image, spec)
         image.load()
         yield _flattened(_upright(image), spec)
+
+
+def _check_tiles(image: Image.Image, spec: ImageSpec) -> None:
+    """A TIFF's decoder makes room for a whole tile, which may be larger than the image."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        width, height = (image.tag_v2.get(tag, 1) for tag in _TILE_TAGS)
+        check_n_pixels((int(height), int(width)), spec)
 
 
 def _as_chw(image: Image.Image, spec: ImageSpec) -> np.ndarray:
@@ -160,10 +215,19 @@ def _open(data: Buffer) -> Image.Image:
     for name in _FORMATS:
         factory, accept = Image.OPEN[name]
         if accept is not None and accept(prefix) is True:
+            if name == "JPEG":
+                _check_scans(data)
             return factory(io.BytesIO(data), "")
     raise ImageError(
         "decode", f"begins with {prefix!r}, which is none of {', '.join(_FORMATS)}; convert it"
     )
+
+
+def _check_scans(data: Buffer) -> None:
+    # Pixels never hold this marker; metadata may, so a picture inside of it counts too.
+    n_scans = bytes(data).count(b"\xff\xda")
+    if n_scans > MAX_SCANS:
+        raise ImageError("decode", f"a JPEG of {n_scans} scans, want at most {MAX_SCANS}")
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -239,26 +303,48 @@ def read_batches(
     n_threads: int,
     prefetch_bytes: int,
     views: bool = False,
+    retries: RetryCount | None = None,
+    rows: npt.NDArray[np.bool_] | None = None,
+    skip: Mapping[int, ImageError] | None = None,
 ) -> Generator[ImageBatch]:
     """The unit's rows in order, `batch_size` at a time, decoded ahead in `n_threads` threads.
 
     With `views` the images come in the views of the spec, if it has any; else as they are.
 
     `prefetch_bytes` bounds what is fetched and decoded ahead of the consumer; what the next batch
-    needs is always fetched. Closing the generator ends its threads. A gzip tar is inflated from its
-    beginning for each unit.
+    needs is always fetched, but large images of it one after the other. Closing the generator ends
+    its threads. A gzip tar is inflated from its beginning for each unit. `retries` counts the
+    requests that were made again.
+
+    With `rows` [unit.n_rows] only these are read, and batches without any of them are left out; the
+    other rows are zeros, and not listed. Rows in `skip` are listed as invalid with the error given,
+    and neither fetched (but with the rest of a gzip tar) nor decoded.
 
     Raises:
-        InputError: if a tar is gone or has changed since it was indexed.
+        InputError: if a tar is gone or has changed since it was indexed, before the first batch or
+            after the last one.
         ObjectError: if a read fails.
     """
     if not views:
         spec = spec.model_copy(update={"views": ()})
-    reader = _UnitReader(unit, index, spec, batch_size, n_threads, prefetch_bytes)
+    chosen = np.ones(unit.n_rows, np.bool_) if rows is None else rows
+    reader = _UnitReader(
+        unit,
+        index,
+        spec,
+        batch_size,
+        n_threads,
+        prefetch_bytes,
+        retries or RetryCount(),
+        chosen,
+        dict(skip or {}),
+    )
     try:
         reader.check_tars()
-        for start in range(unit.start, unit.stop, batch_size):
-            yield reader.batch(start)
+        for at in range(0, unit.n_rows, batch_size):
+            if chosen[at : at + batch_size].any():
+                yield reader.batch(unit.start + at)
+        reader.check_tars()
     finally:
         reader.close()
 
@@ -288,12 +374,23 @@ class _Span:
         return self.places[-1].offset + self.places[-1].size
 
 
+@dataclass(slots=True)
+class _InFlight:
+    """A span that was asked for: bytes as fetched, until they are decoded, and as pixels."""
+
+    span: _Span
+    n_compressed: int
+    n_pixels: int
+
+
 @dataclass(frozen=True, slots=True)
 class _Decoded:
     n_bytes: int
     read_s: float
     decode_s: float
     error: ImageError | None
+    again: Callable[[], _Decoded] | None = None
+    """Decodes once more, where memory did not suffice."""
 
 
 class _UnitReader:
@@ -307,25 +404,40 @@ class _UnitReader:
         batch_size: int,
         n_threads: int,
         prefetch_bytes: int,
+        retries: RetryCount,
+        chosen: npt.NDArray[np.bool_],
+        skip: Mapping[int, ImageError],
     ) -> None:
         self._unit, self._spec, self._batch_size = unit, spec, batch_size
+        self._chosen = chosen
         axis = [spec.n_views] if spec.views else []
         self._row_shape = (*axis, *spec.shape)
         rows = index.slice(unit.start, unit.stop)
         self._keys: list[str] = rows.column("key").to_pylist()
         self._reasons: list[str | None] = rows.column("reason").to_pylist()
         tars = rows.column("tar").to_pylist()
+        sizes: list[int] = rows.column("size").to_pylist()
+        too_large = {
+            unit.start + i: ImageError(
+                "read", f"{size} bytes, want at most {spec.max_bytes} (images.max_bytes)"
+            )
+            for i, size in enumerate(sizes)
+            if size > spec.max_bytes
+        }
+        self._skip = {**too_large, **skip}
         places = [
             (tar, _Place(unit.start + i, offset, size))
             for i, (tar, offset, size) in enumerate(
-                zip(tars, *(rows.column(n).to_pylist() for n in ("offset", "size")), strict=True)
+                zip(tars, rows.column("offset").to_pylist(), sizes, strict=True)
             )
-            if self._reasons[i] is None
+            if chosen[i] and self._reasons[i] is None and unit.start + i not in self._skip
         ]
-        self._spans = deque(_cut_spans(places, min(MAX_SPAN_BYTES, prefetch_bytes // 4)))
-        self._tars = {tar: _OpenTar(index.tars[tar]) for tar in sorted(set(tars))}
+        cuts = _cut_spans(places, min(MAX_SPAN_BYTES, prefetch_bytes // 4), self._skip)
+        self._spans = deque(cuts)
+        read_from = sorted({tar for tar, is_read in zip(tars, chosen, strict=True) if is_read})
+        self._tars = {tar: _OpenTar(index.tars[tar], retries) for tar in read_from}
         self._budget, self._in_flight = prefetch_bytes, 0
-        self._costs: deque[tuple[int, int]] = deque()  # (last row, bytes) of spans in flight
+        self._flying: deque[_InFlight] = deque()
         self._pixels: dict[int, np.ndarray] = {}
         self._decoded: dict[int, Future[_Decoded]] = {}
         self._readers = ThreadPoolExecutor(_N_READERS, thread_name_prefix="drl-read")
@@ -352,18 +464,28 @@ class _UnitReader:
         )  # fmt: skip
         for row in range(start, stop):
             key, reason = keys[row - start], self._reasons[row - self._unit.start]
+            if not self._chosen[row - self._unit.start]:
+                continue
             if reason is not None:
                 batch.invalid.append(InvalidRow(row, key, "index", reason))
                 continue
+            if row in self._skip:
+                error = self._skip[row]
+                batch.invalid.append(InvalidRow(row, key, error.stage, error.reason))
+                continue
             done = self._decoded.pop(row).result()
+            if done.again is not None:  # memory may suffice for it alone
+                wait(self._decoded.values())
+                done = done.again()
             batch.n_bytes += done.n_bytes
             batch.read_s += done.read_s
             batch.decode_s += done.decode_s
             if done.error is not None:
                 batch.invalid.append(InvalidRow(row, key, done.error.stage, done.error.reason))
         del self._pixels[start]
-        while self._costs and self._costs[0][0] < stop:
-            self._in_flight -= self._costs.popleft()[1]
+        while self._flying and self._flying[0].span.places[-1].row < stop:
+            done_with = self._flying.popleft()
+            self._in_flight -= done_with.n_compressed + done_with.n_pixels
         return batch
 
     def _fetch_ahead(self, stop: int) -> None:
@@ -371,12 +493,15 @@ class _UnitReader:
         bytes_per_row = math.prod(self._row_shape)
         while self._spans:
             span = self._spans[0]
-            cost = span.stop - span.start + bytes_per_row * len(span.places)
-            if span.places[0].row >= stop and self._in_flight + cost > self._budget:
+            new = _InFlight(span, span.stop - span.start, bytes_per_row * len(span.places))
+            cost = new.n_compressed + new.n_pixels
+            if span.places[0].row < stop:
+                self._make_room(cost)
+            elif self._in_flight + cost > self._budget:
                 return
             self._spans.popleft()
             self._in_flight += cost
-            self._costs.append((span.places[-1].row, cost))
+            self._flying.append(new)
             read = self._tars[span.tar].submit(self._readers, span)
             for i, place in enumerate(span.places):
                 behind = (place.row - self._unit.start) % self._batch_size
@@ -386,14 +511,28 @@ class _UnitReader:
                     _decode_into, out, read, i, self._spec, key
                 )
 
+    def _make_room(self, cost: int) -> None:
+        """Wait for images in flight to be decoded, oldest first, until `cost` fits the budget or
+        only pixels are left: large members of one batch are not held all at once."""
+        for flying in self._flying:
+            if self._in_flight + cost <= self._budget:
+                return
+            rows = (place.row for place in flying.span.places)
+            wait([self._decoded[row] for row in rows if row in self._decoded])
+            self._in_flight -= flying.n_compressed
+            flying.n_compressed = 0
+
     def _batch_pixels(self, start: int) -> np.ndarray:
         if start not in self._pixels:
             self._pixels[start] = np.zeros((self._batch_size, *self._row_shape), np.uint8)
         return self._pixels[start]
 
 
-def _cut_spans(places: list[tuple[int, _Place]], max_bytes: int) -> Iterator[_Span]:
-    """Runs of images in one tar with small gaps, each within `max_bytes` or a single image."""
+def _cut_spans(
+    places: list[tuple[int, _Place]], max_bytes: int, apart: Collection[int] = ()
+) -> Iterator[_Span]:
+    """Runs of images in one tar with small gaps, each within `max_bytes` or a single image; none
+    reaches over the rows `apart`."""
     span: _Span | None = None
     for tar, place in places:
         if (
@@ -401,6 +540,7 @@ def _cut_spans(places: list[tuple[int, _Place]], max_bytes: int) -> Iterator[_Sp
             or span.tar != tar
             or place.offset - span.stop > MAX_GAP_BYTES
             or place.offset + place.size - span.start > max_bytes
+            or any(span.places[-1].row < row < place.row for row in apart)
         ):
             if span is not None:
                 yield span
@@ -419,9 +559,12 @@ class _Read:
 
 
 def _decode_into(
-    out: np.ndarray, read: Future[_Read], i: int, spec: ImageSpec, key: str
+    out: np.ndarray, read: Future[_Read], i: int, spec: ImageSpec, key: str, alone: bool = False
 ) -> _Decoded:
-    """Decode the i-th image of a span into `out`, [*spec.shape] or [view, *spec.shape]."""
+    """Decode the i-th image of a span into `out`, [*spec.shape] or [view, *spec.shape].
+
+    Where memory does not suffice the image is at fault only if it is decoded `alone`.
+    """
     fetched = read.result()
     data = fetched.images[i]
     start = time.perf_counter()
@@ -430,6 +573,12 @@ def _decode_into(
         out[:] = decode_views(data, spec, key) if spec.views else decode_image(data, spec)
     except ImageError as problem:
         error = problem
+    except MemoryError:
+        if not alone:
+            again = partial(_decode_into, out, read, i, spec, key, True)
+            return _Decoded(len(data), 0.0, 0.0, None, again)
+        height, width = displayed_size(data)
+        error = ImageError("decode", f"not enough memory to decode {height}x{width} pixels")
     seconds = time.perf_counter() - start
     return _Decoded(len(data), fetched.s_per_byte * len(data), seconds, error)
 
@@ -437,10 +586,15 @@ def _decode_into(
 class _OpenTar:
     """One tar of a unit: plain, read by ranges; or gzip, read from front to back."""
 
-    def __init__(self, info: TarInfo) -> None:
+    def __init__(self, info: TarInfo, retries: RetryCount) -> None:
         self._info = info
-        self._folder: Folder
-        self._folder, self._name = open_parent(info.url)
+        if is_redacted(info.url):
+            raise InputError(
+                f"{info.url}: a store keeps the URLs of tars without their secrets; give them "
+                "again: `store.index.with_urls([...])`, or `store.locate_dataset(...)`"
+            )
+        folder, self._name = open_parent(info.url)
+        self._folder: Folder = counted(folder, retries)
         self._gzip: GzipSource | None = None
         if info.compression == "gzip":
             self._gzip = GzipSource(self._folder, self._name, info.size)

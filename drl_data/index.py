@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
 from typing import Any, Literal
 
 import numpy as np
@@ -21,16 +24,23 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import JsonValue
 
-from drl_data.errors import InputError, ObjectNotFoundError
-from drl_data.objects import Folder, open_parent
+from drl_data.errors import InputError, ObjectNotFoundError, is_redacted, redacted, visible
+from drl_data.objects import Buffer, Folder, open_parent, split_url
 from drl_data.progress import SILENT, Progress
 from drl_data.spec import DatasetSpec
-from drl_data.spec_base import canonical_json
+from drl_data.spec_base import StrTuple, canonical_json
 from drl_data.tar import GzipSource, Member, RangedSource, open_source, walk_files
 from drl_data.urls import expand_urls as expand_urls
 from drl_data.urls import missing
 
+log = logging.getLogger(__name__)
+
 INDEX_FORMAT = 1
+
+MAX_MEMBER_BYTES = 16 << 20
+"""Larger members are not read for a label or a caption (SA-1B's JSON has a few MB)."""
+MAX_TEXT_BYTES = 64 << 10
+"""A longer label or caption is none: no text encoder takes a hundredth of it."""
 
 _FIELDS: list[pa.Field[Any]] = [
     pa.field("key", pa.string(), nullable=False),
@@ -66,10 +76,16 @@ class TarInfo:
     """One tar of the input: where it is, and its size and tag when it was indexed."""
 
     url: str
+    """As it was given; an index that was saved and loaded has it without secrets (`public_url`)."""
     split: str
     size: int
     etag: str
     compression: Literal["none", "gzip"]
+
+    @property
+    def public_url(self) -> str:
+        """The URL without user, password and query: what is written, and what names the tar."""
+        return redacted(self.url)
 
 
 @dataclass(frozen=True)
@@ -98,6 +114,55 @@ class SampleIndex:
         """Rows without a label, or with one that could not be read."""
         return int(self.table.column("label").null_count)
 
+    @property
+    def n_repeated_keys(self) -> int:
+        """Rows whose key an earlier row has. Both are rows, but who joins by key confuses them, and
+        their noise is the same."""
+        return self.n_samples - int(pc.count_distinct(self.table.column("key")).as_py())
+
+    def with_urls(self, urls: Sequence[str]) -> SampleIndex:
+        """The same index of the same tars, whose URLs may now hold other secrets.
+
+        Raises:
+            InputError: if they are not the same URLs but for their secrets.
+        """
+        ours, theirs = [tar.public_url for tar in self.tars], [redacted(url) for url in urls]
+        if ours != theirs:
+            pairs = zip_longest(ours, theirs, fillvalue="none")
+            mine, given = next((a, b) for a, b in pairs if a != b)
+            raise InputError(
+                f"other tars than those of the index: {given!r}, want {mine!r}; give the tars that "
+                "were indexed, in their order, or index again"
+            )
+        moved = zip(self.tars, urls, strict=True)
+        return self.with_tars([replace(tar, url=url) for tar, url in moved])
+
+    def located(self, dataset: DatasetSpec) -> SampleIndex:
+        """The same index, reading where `dataset` says if its own URLs have lost their secrets.
+
+        Raises:
+            InputError: if `dataset` names other tars.
+        """
+        if not any(is_redacted(tar.url) for tar in self.tars):
+            return self
+        return self.with_urls([url for _, url in _list_tars(dataset)])
+
+    def with_tars(self, tars: Sequence[TarInfo]) -> SampleIndex:
+        """The same rows in the same tars, which lie elsewhere or were written again.
+
+        Raises:
+            InputError: if they are not as many.
+        """
+        if len(tars) != len(self.tars):
+            raise InputError(
+                f"{len(tars)} tars given for the {len(self.tars)} of the index; index again"
+            )
+        return replace(self, tars=tuple(tars))
+
+    def public_tars(self) -> tuple[TarInfo, ...]:
+        """The tars as they are saved: without the secrets of their URLs."""
+        return tuple(replace(tar, url=tar.public_url) for tar in self.tars)
+
     def slice(self, start: int, stop: int) -> pa.Table:
         """Rows `start` to `stop` (exclusive), without a copy."""
         return self.table.slice(start, stop - start)
@@ -121,19 +186,26 @@ class SampleIndex:
             total.update(name.encode() + _column_digest(rows.column(name)))
         return total.hexdigest()
 
-    def save(self, url: str) -> None:
-        """Write as one Parquet file; tars, label names and the dataset are in its metadata."""
+    def to_parquet(self) -> memoryview:
+        """One Parquet file; tars, label names and the dataset are in its metadata.
+
+        URLs are written without their secrets: `with_urls` and `located` give them back.
+        """
         about: JsonValue = {
             "format": INDEX_FORMAT,
-            "tars": [asdict(tar) for tar in self.tars],
+            "tars": [asdict(tar) for tar in self.public_tars()],
             "label_names": self._label_json(),
-            "dataset": self.dataset.model_dump(mode="json"),
+            "dataset": _without_secrets(self.dataset).model_dump(mode="json"),
         }
         buffer = pa.BufferOutputStream()
         table = self.table.replace_schema_metadata({b"drl_data": canonical_json(about)})
         pq.write_table(table, buffer, compression="zstd")
+        return memoryview(buffer.getvalue())
+
+    def save(self, url: str) -> None:
+        """Write `to_parquet` at a path or URL."""
         folder, name = open_parent(url)
-        folder.put(name, [memoryview(buffer.getvalue())])
+        folder.put(name, [self.to_parquet()])
 
     @staticmethod
     def load(url: str) -> SampleIndex:
@@ -144,26 +216,40 @@ class SampleIndex:
         """
         folder, name = open_parent(url)
         try:
-            table = pq.read_table(pa.BufferReader(folder.get(name)))
+            data = folder.get(name)
         except ObjectNotFoundError as error:
             raise InputError(f"{url}: no such index; make one with `drl index`") from error
-        except pa.ArrowInvalid as error:
+        return SampleIndex.from_parquet(data, url)
+
+    @staticmethod
+    def from_parquet(data: Buffer, place: str) -> SampleIndex:
+        """Parse `to_parquet`; `place` names it in errors.
+
+        Raises:
+            InputError: if it is not an index of this version, or damaged.
+        """
+        try:
+            table = pq.read_table(pa.BufferReader(data))
+            about = json.loads((table.schema.metadata or {}).get(b"drl_data", b"{}"))
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise InputError(
-                f"{url}: not a Parquet file ({error}); index the tars again"
+                f"{place}: not a Parquet file ({error}); index the tars again"
             ) from error
-        about = json.loads((table.schema.metadata or {}).get(b"drl_data", b"{}"))
         if about.get("format") != INDEX_FORMAT:
             raise InputError(
-                f"{url}: index format {about.get('format')}, want {INDEX_FORMAT}; index the tars "
+                f"{place}: index format {about.get('format')}, want {INDEX_FORMAT}; index the tars "
                 "again"
             )
-        names = about["label_names"]
-        return SampleIndex(
-            table.replace_schema_metadata(None),
-            tuple(TarInfo(**tar) for tar in about["tars"]),
-            None if names is None else tuple(names),
-            DatasetSpec.model_validate(about["dataset"]),
-        )
+        try:
+            names = about["label_names"]
+            return SampleIndex(
+                table.replace_schema_metadata(None).select(_SCHEMA.names),
+                tuple(TarInfo(**tar) for tar in about["tars"]),
+                None if names is None else tuple(names),
+                DatasetSpec.model_validate(about["dataset"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{place}: damaged index ({error!r}); index the tars again") from error
 
     def _label_json(self) -> JsonValue:
         return None if self.label_names is None else list(self.label_names)
@@ -179,10 +265,10 @@ def build_index(
             nothing, or there is no sample at all.
     """
     tars = _list_tars(dataset)
-    folders = {url.rpartition("/")[0]: open_parent(url)[0] for _, url in tars}
+    folders = {split_url(url)[0]: open_parent(url)[0] for _, url in tars}
 
     def scan(tar: tuple[str, str]) -> tuple[TarInfo, pa.Table]:
-        return _scan(*tar, folders[tar[1].rpartition("/")[0]], dataset)
+        return _scan(*tar, folders[split_url(tar[1])[0]], dataset)
 
     infos, tables, n_samples = [], [], 0
     pool = ThreadPoolExecutor(n_threads, thread_name_prefix="drl-index")
@@ -202,22 +288,39 @@ def build_index(
             f"members named KEY.EXTENSION with an extension of {list(dataset.image)}"
         )
     table, label_names = _joined(infos, tables)
-    return SampleIndex(table, tuple(infos), label_names, dataset)
+    index = SampleIndex(table, tuple(infos), label_names, dataset)
+    _warn_of_repeated_keys(index)
+    return index
 
 
-def is_current(index: SampleIndex, dataset: DatasetSpec, *, n_threads: int = 16) -> bool:
-    """Whether `build_index(dataset)` would find what it found for `index`: the same tars, with the
-    same sizes and tags, read by the same rules. One HEAD request a tar; no tar is read.
+def _warn_of_repeated_keys(index: SampleIndex) -> None:
+    if not index.n_repeated_keys:
+        return
+    counts = pc.value_counts(index.table.column("key"))
+    first = pc.filter(counts.field("values"), pc.greater(counts.field("counts"), 1))[0]
+    log.warning(
+        "%d of %d samples have a key that an earlier sample has, for example %s; each has its row, "
+        "but the same noise, and a join by key confuses them: name members differently",
+        index.n_repeated_keys, index.n_samples, visible(first.as_py()),
+    )  # fmt: skip
+
+
+def if_current(
+    index: SampleIndex, dataset: DatasetSpec, *, n_threads: int = 16
+) -> SampleIndex | None:
+    """`index` with the URLs of `dataset`, if `build_index(dataset)` would find what it found then:
+    the same tars (but for secrets in their URLs), with the same sizes and tags, read by the same
+    rules; else None. One HEAD request a tar; no tar is read.
 
     Raises:
         InputError: if a pattern matches nothing or a tar is missing.
     """
     rules = {"image", "label", "caption"}
     if index.dataset.model_dump(include=rules) != dataset.model_dump(include=rules):
-        return False
+        return None
     tars = _list_tars(dataset)
-    if [(tar.split, tar.url) for tar in index.tars] != tars:
-        return False
+    if [(t.split, t.public_url) for t in index.tars] != [(s, redacted(url)) for s, url in tars]:
+        return None
 
     def head(tar: tuple[str, str]) -> tuple[int, str]:
         folder, name = open_parent(tar[1])
@@ -228,10 +331,66 @@ def is_current(index: SampleIndex, dataset: DatasetSpec, *, n_threads: int = 16)
         return info.size, info.etag
 
     with ThreadPoolExecutor(n_threads, thread_name_prefix="drl-index") as pool:
-        return list(pool.map(head, tars)) == [(tar.size, tar.etag) for tar in index.tars]
+        found = list(pool.map(head, tars))
+    same = found == [(tar.size, tar.etag) for tar in index.tars]
+    return index.with_urls([url for _, url in tars]) if same else None
+
+
+def joined_index(indices: Sequence[SampleIndex]) -> SampleIndex:
+    """The index of all samples together, as `build_index` finds it in all tars: of each split the
+    tars of the first index, then those of the next; splits in the order in which they are met.
+
+    Raises:
+        InputError: tars that were read by other rules, or one that is in several indices.
+    """
+    first = indices[0].dataset
+    rules = {"image", "label", "caption"}
+    for index in indices[1:]:
+        if index.dataset.model_dump(include=rules) != first.model_dump(include=rules):
+            raise InputError(
+                f"tars were indexed by other rules: {index.dataset.model_dump(include=rules)} and "
+                f"{first.model_dump(include=rules)}; index them alike"
+            )
+    urls = Counter(tar.url for index in indices for tar in index.tars)
+    twice = [url for url, n in urls.items() if n > 1]
+    if twice:
+        raise InputError(f"{twice[0]}: in several of the indices; its samples would count twice")
+    splits: dict[str, StrTuple] = {}
+    for index in indices:
+        for split, patterns in index.dataset.tars.items():
+            splits[split] = (*splits.get(split, ()), *patterns)
+    order = list(splits)
+    infos: list[TarInfo] = []
+    tables: list[pa.Table] = []
+    for split in order:
+        for index in indices:
+            for number, tar in enumerate(index.tars):
+                if tar.split == split:
+                    infos.append(tar)
+                    is_here = pc.equal(index.table.column("tar"), number)
+                    tables.append(_with_label_texts(index, index.table.filter(is_here)))
+    table, label_names = _joined(infos, tables)
+    dataset = first.model_copy(update={"tars": splits})
+    return SampleIndex(table, tuple(infos), label_names, dataset)
+
+
+def _with_label_texts(index: SampleIndex, table: pa.Table) -> pa.Table:
+    """Rows as `_scan` gives them: `_SCHEMA` without `tar`, labels as text."""
+    labels = table.column("label")
+    if index.label_names is None:
+        texts = labels.cast(pa.string())
+    else:
+        texts = pc.take(pa.array(index.label_names, pa.string()), labels)
+    columns = [texts if name == "label" else table.column(name) for name in _SCAN_SCHEMA.names]
+    return pa.Table.from_arrays(columns, schema=_SCAN_SCHEMA)
 
 
 # --- which tars ---------------------------------------------------------------------------------
+
+
+def _without_secrets(dataset: DatasetSpec) -> DatasetSpec:
+    tars = {split: tuple(map(redacted, urls)) for split, urls in dataset.tars.items()}
+    return dataset.model_copy(update={"tars": tars})
 
 
 def _list_tars(dataset: DatasetSpec) -> list[tuple[str, str]]:
@@ -270,7 +429,7 @@ class _Sample:
 
 def _scan(split: str, url: str, folder: Folder, dataset: DatasetSpec) -> tuple[TarInfo, pa.Table]:
     """One tar's rows: `_SCHEMA` without `tar`, labels still text."""
-    name = url.rpartition("/")[2]
+    name = split_url(url)[1]
     try:
         object_info = folder.head(name)
         source = open_source(folder, name, object_info.size)
@@ -301,10 +460,19 @@ def _samples(source: RangedSource | GzipSource, dataset: DatasetSpec) -> Iterato
             sample.repeated = extension
             continue
         sample.members[extension] = member
-        if extension in wanted and not member.sparse:
+        if extension in wanted and not member.sparse and _readable(member, source):
             sample.texts[extension] = source.read(member.offset, member.size)
     if sample is not None:
         yield sample
+
+
+def _readable(member: Member, source: RangedSource | GzipSource) -> bool:
+    if member.size > MAX_MEMBER_BYTES:
+        log.warning(
+            "%s: %s has %d bytes, want at most %d; its sample is without label or caption",
+            redacted(source.name), visible(member.name), member.size, MAX_MEMBER_BYTES,
+        )  # fmt: skip
+    return member.size <= MAX_MEMBER_BYTES
 
 
 def _row(split: str, sample: _Sample, dataset: DatasetSpec) -> dict[str, str | int | float | None]:
@@ -312,12 +480,13 @@ def _row(split: str, sample: _Sample, dataset: DatasetSpec) -> dict[str, str | i
     member = sample.members[extension] if extension else _NO_MEMBER
     reason = None
     if extension is None:
-        has = ", ".join(sample.members)
+        has = visible(", ".join(sample.members))[:200]
         reason = f"no image: the sample has {has}, want one of {', '.join(dataset.image)}"
     elif sample.repeated is not None:
-        reason = f"two members {sample.key}.{sample.repeated}: which one is meant is unknown"
+        name = visible(f"{sample.key}.{sample.repeated}")
+        reason = f"two members {name}: which one is meant is unknown"
     elif member.sparse:
-        reason = f"{member.name} is a sparse member; pack the tar again without --sparse"
+        reason = f"{visible(member.name)} is a sparse member; pack the tar again without --sparse"
     return {
         "key": sample.key,
         "split": split,
@@ -353,16 +522,17 @@ def _label_text(value: JsonValue) -> str | None:
         return str(int(value)) if value.is_integer() else None
     if isinstance(value, bool):
         return str(value).lower()
-    return _encodable(str(value)) if isinstance(value, str | int) and value != "" else None
+    return _kept(str(value)) if isinstance(value, str | int) and value != "" else None
 
 
 def _caption_text(value: JsonValue) -> str | None:
-    return _encodable(value) if isinstance(value, str) else None
+    return _kept(value) if isinstance(value, str) else None
 
 
-def _encodable(text: str) -> str:
-    """JSON may hold lone surrogates, which no UTF-8 table can."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+def _kept(text: str) -> str | None:
+    """The text as the table can hold it; None if it is too long to be a label or a caption."""
+    data = text.encode("utf-8", "backslashreplace")  # JSON may hold lone surrogates
+    return data.decode("utf-8") if len(data) <= MAX_TEXT_BYTES else None
 
 
 # --- the table ----------------------------------------------------------------------------------

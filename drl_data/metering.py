@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
+from drl_data.retries import RetryCount
+
 T = TypeVar("T")
+
+ASK_S = 0.2
+"""How often who waits asks whether waiting still has a point."""
+
+
+def nothing() -> None:
+    """What is asked by who waits for as long as it takes."""
+
+
+def take(items: queue.SimpleQueue[T], ask: Callable[[], None] = nothing) -> T:
+    """The next item; `ask` is called now and then while there is none, and may raise."""
+    while True:
+        ask()
+        try:
+            return items.get(timeout=ASK_S)
+        except queue.Empty:
+            continue
 
 
 class ByteBudget:
@@ -23,11 +43,17 @@ class ByteBudget:
         self._changed = threading.Condition()
 
     @contextmanager
-    def reserve(self, n_bytes: int) -> Iterator[None]:
-        """Hold `n_bytes` of the budget; blocks until they are free."""
+    def reserve(self, n_bytes: int, ask: Callable[[], None] = nothing) -> Iterator[None]:
+        """Hold `n_bytes` of the budget; blocks until they are free.
+
+        `ask` is called now and then meanwhile, and may raise.
+        """
         n_bytes = min(n_bytes, self._total)
         with self._changed:
-            self._changed.wait_for(lambda: self._used + n_bytes <= self._total)
+            while not self._changed.wait_for(
+                lambda: self._used + n_bytes <= self._total, timeout=ASK_S
+            ):
+                ask()
             self._used += n_bytes
         try:
             yield
@@ -38,9 +64,11 @@ class ByteBudget:
 
 
 class Clock:
-    """Seconds by stage; on a GPU by events, so that timing does not synchronise."""
+    """Seconds by stage; on a GPU by events, so that timing does not synchronise. And the requests
+    to storage that were made again meanwhile."""
 
     def __init__(self, device: torch.device) -> None:
+        self.retries = RetryCount()
         self._cuda = device.type == "cuda"
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []

@@ -40,7 +40,9 @@ def read_bank(url: str) -> Tensor:
         found = _parsed(folder.get(name), suffix)
     except ObjectError as error:
         raise SpecError(f"noise.file {url!r}: {error}") from error
-    except (ValueError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+    except (
+        ValueError, TypeError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError
+    ) as error:  # fmt: skip
         reason = str(error).strip().split("\n")[0]
         raise SpecError(
             f"noise.file {url!r}: does not read as {suffix}: {reason}; want one tensor [n, c, h, w]"

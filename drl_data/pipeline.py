@@ -21,6 +21,7 @@ from typing import Annotated, ClassVar, Literal, get_args
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     Field,
     JsonValue,
     ValidationError,
@@ -45,6 +46,7 @@ from drl_data.spec import (
 from drl_data.spec_base import (
     Spec,
     Timestep,
+    as_tuple,
 )
 
 
@@ -52,6 +54,8 @@ class StoreSpec(Spec):
     """Where the features go: a folder or any object-storage URL."""
 
     url: str
+    reuse: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ()
+    """Older stores that have some of them: samples, taps or timesteps. What they have is copied."""
 
 
 class RunSpec(Spec):
@@ -252,7 +256,7 @@ class Pipeline(Spec):
             raise SpecError(
                 f"{path}: no such pipeline file; `drl recipes` lists those that come with drl"
             ) from error
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise SpecError(f"{path} is not YAML: {error}") from error
         return cls.parse(data, str(path)).relative_to(path.parent)
 
@@ -279,7 +283,9 @@ class Pipeline(Spec):
         if self.noise.file:
             changes["noise"] = self.noise.model_copy(update={"file": join(self.noise.file)})
         if self.store:
-            changes["store"] = StoreSpec(url=join(self.store.url))
+            changes["store"] = StoreSpec(
+                url=join(self.store.url), reuse=tuple(join(url) for url in self.store.reuse)
+            )
         if self.probe:
             changes["probe"] = self.probe.model_copy(
                 update={"compare": {k: join(v) for k, v in self.probe.compare.items()}}

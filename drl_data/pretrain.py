@@ -23,10 +23,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from pydantic import JsonValue
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from drl_data.errors import ObjectNotFoundError, SpecError, WeightsError
+from drl_data.errors import InputError, ObjectNotFoundError, SpecError, WeightsError
 from drl_data.images import read_batches
 from drl_data.index import SampleIndex
 from drl_data.objects import LocalFolder
@@ -110,7 +111,10 @@ def sample(
         WeightsError: if the folder holds no such model.
     """
     try:
-        model = UNet2DModel.from_pretrained(folder, subfolder="unet").to(device).eval()
+        model = UNet2DModel.from_pretrained(
+            folder, subfolder="unet", use_safetensors=True, local_files_only=True
+        )
+        model = model.to(device).eval()
         settings = DDIMScheduler.load_config(folder, subfolder="scheduler")
     except OSError as error:
         raise WeightsError(
@@ -213,10 +217,16 @@ class _Trainer:
             data = bytes(LocalFolder(folder).get(CHECKPOINT))
         except ObjectNotFoundError:
             return
-        header_bytes = int.from_bytes(data[:8], "little")
-        about = json.loads(data[8 : 8 + header_bytes])["__metadata__"]
+        try:
+            tensors = load_tensors(data)
+            header_bytes = int.from_bytes(data[:8], "little")
+            about = json.loads(data[8 : 8 + header_bytes])["__metadata__"]
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise InputError(
+                f"{folder / CHECKPOINT}: not a checkpoint of `drl pretrain` ({error}); delete it "
+                "to begin anew"
+            ) from error
         _check_same(json.loads(about["identity"]), identity, folder / CHECKPOINT)
-        tensors = load_tensors(data)
         self.step = int(about["step"])
         self.loss = tensors.pop("loss").to(self._device)
         self.model.load_state_dict(_below(tensors, "model."))

@@ -14,7 +14,8 @@ Shapes: b batch, ... the axes of a row.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,51 +57,86 @@ def companions(array: ArraySpec) -> tuple[ArraySpec, ...]:
     )
 
 
-def to_storage(x: Tensor, array: ArraySpec, *, clip: bool) -> tuple[dict[str, Tensor], Tensor]:
-    """Cast x [b, ...] to an array's type; returns ({array: what is stored}, overflows).
+class Stored(NamedTuple):
+    """What is stored of features [b, ...], and what was found in them."""
 
-    Overflows are the finite values that the type cannot hold: they become infinite or NaN, or with
-    `clip` the largest finite value of their sign. Their number is a 0-d int64 tensor on the device,
-    so that counting does not synchronise. NaN and infinite inputs stay what they are.
+    parts: dict[str, Tensor]
+    """Array -> values [b, ...]: the array and, if it is quantised, its scales and offsets."""
+    counts: Tensor
+    """int32 [b, 3], on the device: NaNs, infinities, and finite values past the type's range."""
+
+
+def to_storage(x: Tensor, array: ArraySpec, *, clip: bool, fill: bool = False) -> Stored:
+    """Cast features x [b, ...] to an array's type.
+
+    Finite values past the type's range become infinite or NaN, or with `clip` the largest finite
+    value of their sign. NaN and infinite inputs stay, or with `fill` become 0 and the largest
+    value: of the type, or where a scale goes with the values, of the finite ones under that scale.
+    Nothing waits for the device.
     """
+    nan, inf = torch.isnan(x), torch.isinf(x)
     if array.dtype in COMPANIONS:
-        return _quantise(x, array), torch.zeros((), dtype=torch.int64, device=x.device)
-    target = STORAGE_DTYPES[array.dtype]
-    if target == x.dtype:
-        return {array.name: x}, torch.zeros((), dtype=torch.int64, device=x.device)
-    largest = torch.finfo(target).max
+        parts, over = _quantise(x.float(), nan, inf, array, clip=clip, fill=fill)
+    else:
+        cast, over = _cast(x, nan, inf, STORAGE_DTYPES[array.dtype], clip=clip, fill=fill)
+        parts = {array.name: cast}
+    counts = [found.flatten(1).sum(1, dtype=torch.int32) for found in (nan, inf, over)]
+    return Stored(parts, torch.stack(counts, dim=1))
+
+
+def _cast(
+    x: Tensor, nan: Tensor, inf: Tensor, target: torch.dtype, *, clip: bool, fill: bool
+) -> tuple[Tensor, Tensor]:
+    """Floating-point numbers, 8 bits as uint8; and which of them were past the range."""
+    if target == x.dtype and not fill:
+        return x, torch.zeros_like(nan)
+    largest, finite = torch.finfo(target).max, ~(nan | inf)
     if target.itemsize == 1:
         # Whether such a cast saturates differs between devices and versions of torch.
-        overflowed = torch.isfinite(x) & (x.abs() > largest)
-        x = torch.where(torch.isfinite(x), x, torch.nan)
-        x = x.clamp(-largest, largest) if clip else torch.where(overflowed, torch.nan, x)
-        return {array.name: x.to(target).view(torch.uint8)}, overflowed.sum()
+        over, bounded = finite & (x.abs() > largest), x.clamp(-largest, largest)
+        x = torch.where(inf, bounded if fill else torch.nan, x)
+        x = torch.where(over, bounded if clip else torch.nan, x)
+        x = torch.where(nan, 0.0, x) if fill else x
+        return x.to(target).view(torch.uint8), over
     cast = x.to(target)
-    overflowed = torch.isfinite(x) & torch.isinf(cast)
-    if clip:
-        cast = torch.where(overflowed, cast.clamp(-largest, largest), cast)
-    return {array.name: cast}, overflowed.sum()
+    over, bounded = finite & torch.isinf(cast), cast.clamp(-largest, largest)
+    cast = torch.where(over, bounded, cast) if clip else cast
+    if fill:
+        cast = torch.where(inf, bounded, cast)
+        cast = torch.where(nan, 0.0, cast)
+    return cast, over
 
 
-def _quantise(x: Tensor, array: ArraySpec) -> dict[str, Tensor]:
-    x = x.float()
+def _quantise(
+    x: Tensor, nan: Tensor, inf: Tensor, array: ArraySpec, *, clip: bool, fill: bool
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Integers with scales, and offsets; and which values have no scale that is finite."""
     channel = array.dims.index("channel") + 1
     axes = [i for i in range(1, x.ndim) if i != channel or x.ndim == 2]
+    limit = torch.finfo(torch.float32).max / (2 if array.dtype == "uint8" else 1)
+    over = ~(nan | inf) & (x.abs() > limit)
+    x = torch.where(over, x.clamp(-limit, limit), x) if clip else x
+    x = torch.where(nan, 0.0, x) if fill else x
     names = {what: f"{array.name}__{what}" for what in COMPANIONS[array.dtype]}
     if array.dtype == "int8":
-        scale = x.abs().amax(axes, keepdim=True) / 127
+        known = torch.where(inf, 0.0, x) if fill else x
+        scale = known.abs().amax(axes, keepdim=True) / 127
         scale = torch.where(scale == 0, 1.0, scale)
         q = (x / scale).round().clamp(-127, 127).to(torch.int8)
-        return {array.name: q, names["scale"]: scale.squeeze(axes)}
-    low, high = x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
+        return {array.name: q, names["scale"]: scale.squeeze(axes)}, over
+    low = (torch.where(inf, torch.inf, x) if fill else x).amin(axes, keepdim=True)
+    high = (torch.where(inf, -torch.inf, x) if fill else x).amax(axes, keepdim=True)
+    if fill:  # a group of infinities has no finite value
+        low, high = (torch.where(torch.isinf(bound), 0.0, bound) for bound in (low, high))
     scale = (high - low) / 255
     scale = torch.where(scale == 0, 1.0, scale)
     q = ((x - low) / scale).round().clamp(0, 255).to(torch.uint8)
-    return {
+    parts = {
         array.name: q,
         names["scale"]: scale.squeeze(axes),
         names["offset"]: low.squeeze(axes),
     }
+    return parts, over
 
 
 def from_storage(stored: Mapping[str, Tensor], array: ArraySpec) -> Tensor:
@@ -138,20 +174,31 @@ class DamageMeter:
     def __init__(self) -> None:
         self._sums: Tensor | None = None
 
+    @classmethod
+    def sum(cls, meters: Iterable[DamageMeter]) -> DamageMeter:
+        """All that several have seen."""
+        total = cls()
+        sums = [meter._sums for meter in meters if meter._sums is not None]
+        total._sums = torch.stack(sums).sum(0) if sums else None
+        return total
+
     def add(self, exact: Tensor, stored: Tensor) -> None:
-        """Features [b, ...] as computed, and as they read."""
+        """Features [b, ...] as computed, and as they read; rows that are not finite count not."""
         for x, y in zip(exact.flatten(1), stored.flatten(1), strict=True):
             # float64 of one row at a time: features of a whole batch are large
             a, b = x.double(), y.double()
             square, other = a @ a, b @ b
             cosine = (a @ b) / (square * other).sqrt().clamp(min=torch.finfo(a.dtype).tiny)
             sums = torch.stack([(a - b) @ (a - b), square, cosine, torch.ones_like(cosine)])
+            sums = torch.where(torch.isfinite(sums).all(), sums, torch.zeros_like(sums))
             self._sums = sums if self._sums is None else self._sums + sums
 
     def result(self) -> tuple[float, float] | None:
-        """(|x - y| / |x| over all values, mean cosine of rows); None if that is not finite."""
+        """(|x - y| / |x| over all values, mean cosine of rows); None without a finite row."""
         if self._sums is None:
             return None
         error, norm, cosine, n_rows = self._sums.tolist()
+        if not n_rows:
+            return None
         found = math.sqrt(error / norm if norm else error), cosine / n_rows
         return found if all(map(math.isfinite, found)) else None

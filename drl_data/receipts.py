@@ -7,9 +7,10 @@ from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, JsonValue, ValidationError, model_validator
+from pydantic import AfterValidator, Field, JsonValue, ValidationError, model_validator
 
-from drl_data.errors import StoreError
+from drl_data.checksums import checked_json, parse_json, signed_json
+from drl_data.errors import StoreError, redacted
 from drl_data.index import SampleIndex
 from drl_data.objects import Buffer
 from drl_data.plan import InvalidRow, Unit
@@ -30,16 +31,40 @@ class Damage(Spec):
 class TarRecord(Spec):
     """One tar as it was when the unit was read; the URL without its secrets."""
 
-    url: str
+    url: Annotated[str, AfterValidator(redacted)]
     size: Count
     etag: str
+
+
+class Reused(Spec):
+    """What of a unit was copied from an older store instead of computed."""
+
+    store: str
+    """URL, without its secrets."""
+    rows: Count = 0
+    """Rows of which anything was copied."""
+    features: Count = 0
+    """Features that were copied: one for each row, array, timestep and view."""
+    linked: Count = 0
+    """Whole objects that are hard links."""
+    copied: Count = 0
+    """Whole objects that the storage server copied."""
+    rewritten: Count = 0
+    """Whole objects whose bytes were read and written."""
+
+    def added_to(self, other: Reused | None) -> Reused:
+        """Both together."""
+        if other is None:
+            return self
+        a, b = (one.model_dump(exclude={"store"}) for one in (self, other))
+        return Reused(store=self.store, **{name: n + b[name] for name, n in a.items()})
 
 
 class RunRecord(Spec):
     """How a unit was computed: seconds by stage, peak memory, where, with what. Never content."""
 
     seconds: dict[str, float] = Field(default_factory=dict)
-    """Keys: read, decode, condition, encode, denoise, copy, write, wait."""
+    """Keys: read, decode, condition, encode, denoise, copy, reuse, write, wait."""
     peak_bytes: Count = 0
     """Peak of the device's memory, 0 on a CPU."""
     host: str = ""
@@ -56,6 +81,8 @@ class RunRecord(Spec):
     """Images of one forward, where a whole batch did not fit the device's memory."""
     adopted: tuple[str, ...] = ()
     """Objects that an earlier attempt had written and that were kept."""
+    reused: tuple[Reused, ...] = ()
+    """What was copied from older stores (`drl extract --reuse`, `drl merge`)."""
 
 
 class NonFinite(Spec):
@@ -73,9 +100,11 @@ class UnitCounts(Spec):
     input_bytes: Count = 0
     """Bytes of the images, compressed."""
     clipped: dict[str, dict[str, Count]] = Field(default_factory=dict)
-    """Array -> requested timestep -> finite values that the storage type could not hold."""
+    """Array -> requested timestep -> finite values that the storage type could not hold; an array
+    that has one entry for all timesteps counts under `any`. Over all views; also of rows that are
+    invalid for it."""
     non_finite: dict[str, dict[str, NonFinite]] = Field(default_factory=dict)
-    """Array -> requested timestep -> values that were NaN or infinite as computed."""
+    """Likewise, values that were NaN or infinite as computed."""
     fits: dict[str, Count] = Field(default_factory=dict)
     """Array -> CRC-32C of the fitted reduction that it was reduced by."""
 
@@ -123,24 +152,26 @@ class Receipt(Spec):
         return self.model_dump(mode="json", exclude={"run"})
 
     def to_json(self) -> bytes:
-        """The object's bytes."""
-        return canonical_json(self.model_dump(mode="json"))
+        """The object's bytes, with their own checksum."""
+        return canonical_json(signed_json(self.model_dump(mode="json")))
 
     @classmethod
     def from_json(cls, data: Buffer, place: str) -> Receipt:
         """Parse a receipt; `place` names it in errors.
 
         Raises:
-            StoreError: if it is not a receipt, or of another format.
+            StoreError: if it is not a receipt, of another format, or damaged.
         """
         try:
-            return cls.model_validate_json(bytes(data))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "receipt"
+            return cls.model_validate_json(canonical_json(checked_json(parse_json(data))))
+        except ValueError as error:
+            why = str(error)
+            if isinstance(error, ValidationError):
+                first = error.errors()[0]
+                why = f"{'.'.join(map(str, first['loc'])) or 'receipt'}: {first['msg']}"
             raise StoreError(
-                f"{place}: not a receipt of format {FORMAT_VERSION} ({where}: {first['msg']}); "
-                "delete it and run `drl extract` again to compute the unit anew"
+                f"{place}: not a receipt of format {FORMAT_VERSION} ({why}); "
+                "`drl extract --repair` computes the unit anew"
             ) from error
 
 
@@ -154,19 +185,6 @@ def fit_path(array: str) -> str:
     return f"fits/{array}.safetensors"
 
 
-def conflict(mine: Receipt, signed: Receipt) -> list[str]:
-    """What differs in content: names of arrays with other checksums, then other fields."""
-    theirs = {record.path: record for record in signed.objects}
-    ours = {record.path: record for record in mine.objects}
-    arrays = {
-        path.split("/")[0]
-        for path in ours.keys() | theirs.keys()
-        if ours.get(path) != theirs.get(path)
-    }
-    a, b = mine.content(), signed.content()
-    return [*sorted(arrays), *sorted(k for k in a if k != "objects" and a[k] != b[k])]
-
-
 def sample_table(index: SampleIndex, receipts: Mapping[int, Receipt]) -> pa.Table:
     """One line per sample, in row order: `FeatureStore.samples` names the columns."""
     n = index.n_samples
@@ -176,7 +194,7 @@ def sample_table(index: SampleIndex, receipts: Mapping[int, Receipt]) -> pa.Tabl
         status[receipt.start : receipt.stop] = "ok"
         for row in receipt.invalid:
             status[row.row], stage[row.row], reason[row.row] = "invalid", row.stage, row.reason
-    urls = np.array([tar.url for tar in index.tars], object)
+    urls = np.array([tar.public_url for tar in index.tars], object)
     table = index.table.select(["key", "split", "label", "caption"])
     table = table.add_column(0, "row", pa.array(np.arange(n)))
     tars = urls[np.asarray(index.table["tar"])]

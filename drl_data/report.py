@@ -18,7 +18,7 @@ from jinja2 import Environment, StrictUndefined
 
 from drl_data.backbones import ModelFolder
 from drl_data.charts import Chart, Series, heat_colour, line_chart
-from drl_data.errors import UserError
+from drl_data.errors import UserError, redacted
 from drl_data.intervals import mean_and_half
 from drl_data.pictures import feature_pictures, sheet_uri, thumbnails
 from drl_data.pipeline import Pipeline
@@ -46,6 +46,7 @@ def write_report(pipeline: Pipeline, *, samples: Path | None = None) -> Path:
         where = "no store" if pipeline.store is None else f"no store at {pipeline.store.url}"
         raise UserError(f"report: {where}; make it with `drl extract` first")
     store = FeatureStore.open(pipeline.store.url)
+    store.locate_dataset(pipeline.dataset)
     receipts = list(store.receipts().values())
     results = Path(pipeline.results)
     shown = thumbnails(store)
@@ -66,7 +67,7 @@ def write_report(pipeline: Pipeline, *, samples: Path | None = None) -> Path:
         "runs": _runs(receipts),
     }
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters.update(bytes=human_bytes, percent=_percent)
+    environment.filters.update(bytes=human_bytes, percent=_percent, redacted=redacted)
     template = resources.files("drl_data").joinpath("report.html.j2").read_text(encoding="utf-8")
     page = environment.from_string(template).render(context)
     results.mkdir(parents=True, exist_ok=True)

@@ -6,30 +6,45 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from drl_data.answers import Task
 from drl_data.backbones import Model, ModelFolder, find_model
 from drl_data.buckets import split_into_buckets
 from drl_data.conditions import extremes
 from drl_data.diffusion_spec import ConditionSpec, ScheduleSpec
 from drl_data.errors import SpecError
-from drl_data.executors import Outcome, run_local, run_ray
-from drl_data.extract import condition_files, make_task
+from drl_data.executors import Workers, run_local, run_process, run_ray
+from drl_data.extract import UnitResult, condition_files, make_task
 from drl_data.flops import FeatureFlops
-from drl_data.index import SampleIndex, build_index, is_current
+from drl_data.index import SampleIndex, TarInfo, build_index, if_current
+from drl_data.leases import Limits, Outcome
 from drl_data.noise_bank import by_content, read_bank
 from drl_data.pipeline import Pipeline, StoreSpec
 from drl_data.plan import Unit, auto_rows_per_unit, select_units
 from drl_data.progress import SILENT, Progress
-from drl_data.receipts import Receipt
+from drl_data.receipts import Reused
+from drl_data.repair import (
+    Repair,
+    readable_store,
+    remove_damaged,
+    remove_stale,
+    require_fits,
+    restore_root,
+    sound_index,
+)
 from drl_data.resolve import count_feature_flops, resolve_features
+from drl_data.reuse_task import make_reuse_task, open_reusable
 from drl_data.spec import ArraySpec, BackboneSpec, FeatureSpec, ResolvedTime
+from drl_data.stopping import Stop
 from drl_data.store import FeatureStore
+from drl_data.store_metadata import Described
 from drl_data.threads import one_thread
 
 log = logging.getLogger(__name__)
@@ -48,6 +63,9 @@ class Prepared:
     """With the place of its files, which the spec leaves out."""
     missing: tuple[str, ...] = ()
     """Files that the pipeline names but that are not there, where only its structure is asked."""
+    tars: tuple[TarInfo, ...] | None = None
+    """Where the tars are now, unless the store's own index says it: it holds no secrets of URLs,
+    and the same tars may have been written again or elsewhere since it was saved."""
 
     @property
     def without_weights(self) -> str | None:
@@ -69,13 +87,25 @@ class RunSummary:
     n_ok: int = 0
     n_invalid: int = 0
     n_bytes: int = 0
+    n_found: int = 0
+    """Units that another run signed while this one ran."""
+    reused: dict[str, Reused] = field(default_factory=dict)
+    """URL of an older store -> what was copied from it."""
     wall_s: float = 0.0
     stage_s: Counter[str] = field(default_factory=Counter)
     failed: list[tuple[Unit, str]] = field(default_factory=list)
+    n_left: int = 0
+    """Pending units without an outcome, because the run was told to stop."""
+    repaired: Repair = field(default_factory=Repair)
+    """What was not as it must be, and was made again."""
 
 
 def prepare(
-    pipeline: Pipeline, *, structure_only: bool = False, index: SampleIndex | None = None
+    pipeline: Pipeline,
+    *,
+    structure_only: bool = False,
+    index: SampleIndex | None = None,
+    damaged: bool = False,
 ) -> Prepared:
     """Index the tars, read the model's structure, resolve taps, timesteps, shapes and unit size.
 
@@ -83,7 +113,7 @@ def prepare(
     changed, and its arrays if the spec is the same. With `structure_only` a hub id that is not at
     hand is planned from its bundled configuration, and files of weights, embeddings and noise may
     be made later; the fingerprint is then not that of the run. `index` has the rows, where they are
-    known already (a bucket's).
+    known already (a bucket's). With `damaged` the store is no help where it cannot be read.
 
     Raises:
         UserError: whatever is wrong with the pipeline, its tars or its model.
@@ -97,13 +127,17 @@ def prepare(
             f"pipeline {pipeline.name!r} has buckets, which are a store each; use `extract_all`, "
             "or `split_into_buckets` and take one"
         )
-    store = FeatureStore.open(store_spec.url) if FeatureStore.exists(store_spec.url) else None
-    if index is not None:
-        pass
-    elif store is not None and is_current(store.index, pipeline.dataset):
-        index = store.index
+    if damaged:
+        store = readable_store(store_spec.url)
     else:
+        store = FeatureStore.open(store_spec.url) if FeatureStore.exists(store_spec.url) else None
+    if index is None and store is not None:
+        known = sound_index(store) if damaged else store.index
+        index = None if known is None else if_current(known, pipeline.dataset)
+    if index is None:
         index = build_index(pipeline.dataset)
+    saved = index.public_tars() if store is None else store.index.tars
+    tars = None if index.tars == saved else index.tars
     model, told = find_model(backbone, structure_only=structure_only), pipeline.condition
     bank = None if pipeline.noise.file is None else read_bank(pipeline.noise.file)
     draft = FeatureSpec(
@@ -130,12 +164,12 @@ def prepare(
         rows = store.spec.rows_per_unit if wanted == "auto" else wanted
         spec = draft.model_copy(update={"rows_per_unit": rows})
         if spec == store.spec:
-            return Prepared(index, spec, store.arrays, store.times, model, told, missing)
+            return Prepared(index, spec, store.arrays, store.times, model, told, missing, tars)
     arrays, times = resolve_features(model, draft, extremes(told, index), bank)
     if wanted == "auto":
         wanted = auto_rows_per_unit(arrays, index.n_samples, draft.batch_size)
     spec = draft.model_copy(update={"rows_per_unit": wanted})
-    return Prepared(index, spec, arrays, times, model, told, missing)
+    return Prepared(index, spec, arrays, times, model, told, missing, tars)
 
 
 def _without_missing_files(pipeline: Pipeline) -> tuple[Pipeline, tuple[str, ...]]:
@@ -180,7 +214,9 @@ def extract_all(
     limit: int | None = None,
     part: tuple[int, int] | None = None,
     shuffle_seed: int | None = None,
+    repair: bool = False,
     progress: Progress = SILENT,
+    stop: Stop | None = None,
 ) -> list[RunSummary]:
     """`extract`, for each bucket of a pipeline that has buckets; `limit` and `part` are of each.
 
@@ -194,8 +230,10 @@ def extract_all(
             limit=limit,
             part=part,
             shuffle_seed=shuffle_seed,
+            repair=repair,
             progress=progress,
             index=index,
+            stop=stop,
         )
         for one, index in _parts(pipeline, progress)
     ]
@@ -216,53 +254,95 @@ def extract(
     limit: int | None = None,
     part: tuple[int, int] | None = None,
     shuffle_seed: int | None = None,
+    repair: bool = False,
     progress: Progress = SILENT,
     index: SampleIndex | None = None,
+    stop: Stop | None = None,
 ) -> RunSummary:
     """Compute every pending unit of a pipeline's store, and seal the store when none is left.
 
     `limit` stops after the units that hold the first `limit` rows, `part` (i, n) takes the i-th of
     n parts (from 0), `shuffle_seed` changes the order of the units; none of them changes a byte.
-    `index` has the rows, where they are known already (a bucket's).
+    `index` has the rows, where they are known already (a bucket's). With `repair` the store is read
+    first, and what is damaged or missing in these units is made again: see repair.py. No other run
+    may work on them meanwhile. Once `stop` is requested no unit begins, and those that compute have
+    the time that it gives; the rest is `n_left`.
 
     Raises:
         UserError: whatever is wrong with the pipeline, its tars, its model, or its store.
-        ExecutionError: if no worker is left.
+        StorageUnusableError: if storage can be of no use, whatever is tried again.
+        ExecutionError: if no worker is left, or too many units failed one after the other.
     """
-    prepared = prepare(pipeline, index=index)
+    stop = stop or Stop()
+    prepared = prepare(pipeline, index=index, damaged=repair)
     prepared.model.check_weights()
     _, _, store_spec = required_sections(pipeline)
-    store = FeatureStore.create(
-        store_spec.url, prepared.spec, prepared.arrays, prepared.times, prepared.index
-    )
+    described = Described(prepared.spec, prepared.arrays, prepared.times)
+    for url in store_spec.reuse:
+        open_reusable(url, store_spec.url, prepared.spec)
+    repaired = restore_root(store_spec.url, described) if repair else Repair()
+    store = FeatureStore.create(store_spec.url, *described, prepared.index)
     units = [u for u in store.units if limit is None or u.start < limit]
     if part is not None:
         units = select_units(units, *part)
+    if repair:
+        repaired = repaired.merged(remove_damaged(store, prepared.index, units))
+    else:
+        require_fits(store)
     pending = store.pending(units)
     if shuffle_seed is not None:
         random.Random(shuffle_seed).shuffle(pending)
-    summary = RunSummary(store, n_units=len(units), n_pending=len(pending))
+    summary = RunSummary(store, len(units), len(pending), n_left=len(pending))
     start = time.perf_counter()
-    n_rows = sum(unit.n_rows for unit in pending)
-    if pending:
-        outcomes = run(pipeline, pending)
-        with one_thread(), progress.bar("extract", n_rows, "images") as bar:
-            for outcome in outcomes:
-                _add(summary, outcome)
-                bar.advance(outcome.unit.n_rows, failed=len(summary.failed))
+    _compute(pipeline, prepared, pending, summary, progress, stop)
+    if repaired.fits:
+        repaired = repaired.merged(remove_stale(store, units))
+        again = store.pending(units)
+        summary.n_pending += len(again)
+        summary.n_left += len(again)
+        _compute(pipeline, prepared, again, summary, progress, stop)
     summary.wall_s = time.perf_counter() - start
+    summary.repaired = repaired
     if not store.sealed and not store.pending():
         store.seal()
     return summary
 
 
-def run(pipeline: Pipeline, units: Sequence[Unit]) -> Iterator[Outcome[Receipt]]:
-    """Hand the units to the executor that `pipeline.run` names."""
+def _compute(
+    pipeline: Pipeline,
+    prepared: Prepared,
+    pending: Sequence[Unit],
+    summary: RunSummary,
+    progress: Progress,
+    stop: Stop,
+) -> None:
+    """Compute units, counted in `summary`, until `stop`."""
+    if not pending or stop.requested:
+        return
+    outcomes = run(pipeline, pending, stop, tars=prepared.tars)
+    bar_of_rows = progress.bar("extract", sum(unit.n_rows for unit in pending), "images")
+    with one_thread(), stop.heeded(), bar_of_rows as bar, closing(outcomes):
+        for outcome in outcomes:
+            _add(summary, outcome)
+            bar.advance(outcome.unit.n_rows, failed=len(summary.failed))
+
+
+def run(
+    pipeline: Pipeline,
+    units: Sequence[Unit],
+    stop: Stop | None = None,
+    *,
+    tars: Sequence[TarInfo] | None = None,
+) -> Generator[Outcome[UnitResult | None], None, None]:
+    """Hand the units to the executor that `pipeline.run` names.
+
+    `tars` says where the tars are, if the store's index does not (`Prepared.tars`).
+    """
     backbone, _, store_spec = required_sections(pipeline)
     settings = pipeline.run
     local = settings.executor == "local"
     n_cpus = torch.get_num_threads() if local else max(int(settings.cpus_per_worker), 1)
-    task = partial(
+    extracting = partial(
         make_task,
         store_spec.url,
         backbone,
@@ -270,19 +350,32 @@ def run(pipeline: Pipeline, units: Sequence[Unit]) -> Iterator[Outcome[Receipt]]
         settings,
         n_cpus,
         noise_file=pipeline.noise.file,
+        tars=tars,
     )
-    leases = settings.leases or n_cpus + 2
+    task: Callable[[], Task[UnitResult | None]] = extracting
+    if store_spec.reuse:
+        task = partial(make_reuse_task, extracting, store_spec, backbone, settings.memory_bytes)
+    limits = Limits(
+        settings.leases or n_cpus + 2,
+        settings.max_attempts,
+        settings.max_deaths_per_worker,
+        settings.max_failed_in_a_row,
+    )
     if local:
-        return run_local(task, units, leases=leases, max_attempts=settings.max_attempts)
+        return run_local(task, units, limits=limits, stop=stop)
+    workers = Workers(settings.workers, settings.gpus_per_worker, settings.cpus_per_worker)
+    if settings.executor == "process":
+        return run_process(
+            task, units, workers=workers, limits=limits, stop=stop, grace_s=settings.grace_s
+        )
     return run_ray(
         task,
         units,
-        workers=settings.workers,
-        gpus_per_worker=settings.gpus_per_worker,
-        cpus_per_worker=settings.cpus_per_worker,
+        workers=workers,
         address=settings.address,
-        leases=leases,
-        max_attempts=settings.max_attempts,
+        limits=limits,
+        stop=stop,
+        grace_s=settings.grace_s,
     )
 
 
@@ -302,12 +395,19 @@ def required_sections(pipeline: Pipeline) -> tuple[BackboneSpec, ScheduleSpec, S
     return backbone, schedule, store
 
 
-def _add(summary: RunSummary, outcome: Outcome[Receipt]) -> None:
-    receipt = outcome.result
-    if receipt is None:
+def _add(summary: RunSummary, outcome: Outcome[UnitResult | None]) -> None:
+    """Count one unit; the receipt itself is not kept."""
+    summary.n_left -= 1
+    if outcome.result is None:
         summary.failed.append((outcome.unit, outcome.error or "unknown"))
         return
+    if not outcome.result.computed:
+        summary.n_found += 1
+        return
+    receipt = outcome.result.receipt
     summary.n_ok += receipt.n_ok
     summary.n_invalid += receipt.n_invalid
     summary.n_bytes += sum(record.n_bytes for record in receipt.objects)
     summary.stage_s.update(receipt.run.seconds)
+    for more in receipt.run.reused:
+        summary.reused[more.store] = more.added_to(summary.reused.get(more.store))

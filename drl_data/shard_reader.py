@@ -176,7 +176,7 @@ class ShardReader:
         except (ValueError, KeyError, RuntimeError, TypeError, IndexError) as error:
             raise StoreError(
                 f"{where}: damaged shard ({len(shard)} bytes, {type(error).__name__}: {error}); "
-                "run `drl verify --deep`, delete the unit's receipt and extract again"
+                "`drl extract --repair` computes the unit again"
             ) from error
         layout = self._layouts[name]
         if rows.shape != (unit.n_rows, *layout.row_shape) or rows.dtype != layout.stored:

@@ -190,3 +190,25 @@ def non_finite_rows(rows: Array, dtype: StorageDType) -> npt.NDArray[np.int64]:
         for start in range(0, len(bits), step)
     ]
     return np.concatenate(blocks)
+
+
+_LARGEST_BITS: Mapping[StorageDType, int] = {
+    "float32": 0x7F7FFFFF,
+    "float16": 0x7BFF,
+    "bfloat16": 0x7F7F,
+    "float8_e4m3fn": 0x7E,
+    "float8_e5m2": 0x7B,
+}
+"""Bits of the largest finite value of each type."""
+
+
+def at_limit(rows: Array, dtype: StorageDType) -> npt.NDArray[np.int64]:
+    """Values of each row of `rows` [n, *shape] that are the largest finite one of either sign."""
+    if dtype not in _LARGEST_BITS:
+        return np.zeros(len(rows), np.int64)
+    kind = _bits_type(dtype)
+    bits = np.ascontiguousarray(rows).reshape(len(rows), -1).view(kind)
+    largest = _LARGEST_BITS[dtype]
+    either = np.array([largest, largest | 1 << (8 * kind.itemsize - 1)], kind)
+    found: npt.NDArray[np.int64] = np.isin(bits, either).sum(axis=1, dtype=np.int64)
+    return found

@@ -149,6 +149,9 @@ class ImageSpec(Spec):
     mean [0.485, 0.456, 0.406] and std [0.229, 0.224, 0.225]."""
     max_pixels: int = 178_956_970
     """An image with more pixels than this is refused before it is decoded (Pillow's bomb limit)."""
+    max_bytes: Positive = 1 << 30
+    """A member of the tar with more bytes than this is refused before it is fetched; the default is
+    what `max_pixels` pixels of three channels of 16 bits have, uncompressed."""
 
     views: tuple[Literal["id", "hflip"] | CropViews | PaddedCropViews, ...] = ()
     """Views of each image that features are computed of: `id` (the image), `hflip` (mirrored), and
@@ -322,7 +325,8 @@ class NumericSpec(Spec):
     one, or list their rows as invalid. They are counted in each case."""
     non_finite: Literal["error", "clip", "invalid"] = "error"
     """NaN and infinite values as computed: fail the unit, store 0 for NaN and the largest value for
-    an infinity, or list their rows as invalid. They are counted in each case."""
+    an infinity (of the type; of a quantised array the largest finite one under its scale), or list
+    their rows as invalid. They are counted in each case."""
 
     @model_validator(mode="after")
     def _batches_fill_units(self) -> NumericSpec:

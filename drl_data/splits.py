@@ -27,6 +27,7 @@ def finished_store(pipeline: Pipeline, task: str) -> FeatureStore:
             f"{task}: {len(pending)} of {len(store.units)} units of {url} are not computed yet; "
             "finish it with `drl extract` first"
         )
+    store.locate_dataset(pipeline.dataset)
     return store
 
 

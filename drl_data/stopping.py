@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from drl_data.errors import StoppedError
 
@@ -14,6 +16,7 @@ class Stop:
     def __init__(self) -> None:
         self._requested = threading.Event()
         self._deadline = float("inf")
+        self._n_heeding = 0
 
     def request(self, grace_s: float) -> None:
         """Ask for the end: what computes has `grace_s` seconds more; the earliest wish counts."""
@@ -29,6 +32,25 @@ class Stop:
     def remaining_s(self) -> float:
         """Seconds until the deadline; infinite before the wish, 0 after the deadline."""
         return max(self._deadline - time.monotonic(), 0.0)
+
+    @property
+    def overdue_s(self) -> float:
+        """Seconds since the deadline; negative before it."""
+        return time.monotonic() - self._deadline
+
+    @contextmanager
+    def heeded(self) -> Iterator[None]:
+        """In here somebody looks at the wish; outside, who wants the end must end it himself."""
+        self._n_heeding += 1
+        try:
+            yield
+        finally:
+            self._n_heeding -= 1
+
+    @property
+    def is_heeded(self) -> bool:
+        """Whether somebody looks at the wish now."""
+        return self._n_heeding > 0
 
     def check_begin(self) -> None:
         """Raise `StoppedError` once the end is asked for."""

@@ -9,7 +9,6 @@ The store takes and returns NumPy arrays; bfloat16 features travel as their uint
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 
@@ -19,30 +18,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from drl_data.errors import (
-    AlignmentError,
-    ConflictError,
-    FeatureError,
     InputError,
     ObjectNotFoundError,
     StoreError,
     TapError,
+    redacted,
 )
-from drl_data.index import SampleIndex
-from drl_data.objects import Buffer, Folder, open_folder
+from drl_data.index import SampleIndex, TarInfo
+from drl_data.objects import Folder, open_folder
 from drl_data.plan import InvalidRow, Unit, plan_units
 from drl_data.receipts import (
     ObjectRecord,
     Receipt,
     RunRecord,
     UnitCounts,
-    conflict,
     receipt_path,
     sample_table,
 )
+from drl_data.sealing import seal
 from drl_data.shard_reader import ShardReader, in_threads
-from drl_data.shards import Array, crc32c, non_finite_rows
-from drl_data.spec import ArraySpec, FeatureSpec, ResolvedTime
-from drl_data.spec_base import canonical_json
+from drl_data.shards import Array
+from drl_data.spec import ArraySpec, DatasetSpec, FeatureSpec, ResolvedTime
 from drl_data.store_metadata import (
     Described,
     array_layout,
@@ -52,7 +48,9 @@ from drl_data.store_metadata import (
     store_metadata,
     timestep_values,
 )
-from drl_data.verify import Problem, seal_content, verify
+from drl_data.unit_checks import REPAIR, Problem
+from drl_data.unit_writer import UnitWriter, check_unit
+from drl_data.verify import index_record, same_index, verify
 
 __all__ = ["FeatureStore", "Problem", "Receipt", "RunRecord", "UnitCounts"]
 
@@ -84,9 +82,8 @@ class FeatureStore:
         return FeatureStore.open, (self.url,)
 
     def __repr__(self) -> str:
-        return (
-            f"FeatureStore({self.url!r}, {len(self.arrays)} arrays x {len(self.times)} timesteps)"
-        )
+        url, n_arrays = redacted(self.url), len(self.arrays)
+        return f"FeatureStore({url!r}, {n_arrays} arrays x {len(self.times)} timesteps)"
 
     # --- making and opening ---------------------------------------------------------------------
 
@@ -119,14 +116,14 @@ class FeatureStore:
             )
         objects = store.metadata()
         root = objects.pop("zarr.json")
-        if not store.folder.put_if_absent("zarr.json", root):
+        if not store.folder.put_if_absent("zarr.json", [root]):
             existing = cls.open(url)
             require_same(existing.url, existing.described, store.described)
-            if existing._has("index.parquet"):
+            if existing._has("index.json"):
                 existing._index = index
                 return existing
         in_threads(lambda path: store.folder.put(path, [objects[path]]), list(objects))
-        index.save(f"{store.url}/index.parquet")
+        store.put_index(index)
         return store
 
     @classmethod
@@ -154,6 +151,18 @@ class FeatureStore:
     def _has(self, path: str) -> bool:
         return _has(self.folder, path)
 
+    def put_index(self, index: SampleIndex) -> None:
+        """Put the index and the record of its bytes, where they are absent."""
+        data = index.to_parquet()
+        if not self.folder.put_if_absent("index.parquet", [data]):
+            there = self.folder.get("index.parquet")
+            if same_index(there, index):  # of another creator, perhaps by another library
+                data = there
+            else:  # before index.json nothing vouches for it
+                self.folder.put("index.parquet", [data])
+        self.folder.put_if_absent("index.json", [index_record(data)])
+        self._index = index
+
     def metadata(self) -> dict[str, bytes]:
         """Path -> bytes of every object but the index that is known before any unit."""
         return store_metadata(self.described)
@@ -166,6 +175,23 @@ class FeatureStore:
         if self._index is None:
             self._index = SampleIndex.load(f"{self.url}/index.parquet")
         return self._index
+
+    def locate_tars(self, tars: Sequence[TarInfo]) -> None:
+        """Take the same tars to be here: those of the index have no secrets in their URLs, and may
+        have been written again or elsewhere since.
+
+        Raises:
+            InputError: if they are not as many as the index has.
+        """
+        self._index = self.index.with_tars(tars)
+
+    def locate_dataset(self, dataset: DatasetSpec) -> None:
+        """Read images from where a pipeline says, if the URLs of the index have lost their secrets.
+
+        Raises:
+            InputError: if `dataset` names other tars.
+        """
+        self._index = self.index.located(dataset)
 
     @cached_property
     def _by_name(self) -> dict[str, ArraySpec]:
@@ -189,7 +215,7 @@ class FeatureStore:
         """Shards of an array in each unit: entries of its time axis, in each view."""
         return self.array(name).n_cells(len(self.times))
 
-    def _time_of(self, name: str, cell: int) -> str:
+    def time_of(self, name: str, cell: int) -> str:
         """The timestep of a cell, for messages."""
         if self.array(name).timesteps != "each":
             return "any"
@@ -247,6 +273,7 @@ class FeatureStore:
         invalid: Sequence[InvalidRow],
         run: RunRecord,
         counts: UnitCounts = NO_COUNTS,
+        present: Sequence[ObjectRecord] = (),
     ) -> Receipt:
         """Write one whole unit and sign it; the first signature wins.
 
@@ -254,54 +281,20 @@ class FeatureStore:
         uint16, 8-bit floating point as uint8). Cells are the timesteps, or one for all of them, of
         the first view, then of the next. Rows listed in
         `invalid` are stored as NaN (0 in integers) whatever is passed for them. All is
-        checked before the first byte is written. A unit that is signed already is not written
-        again. The receipt returned is the one in the store.
+        checked before the first byte is written. Nothing is overwritten: an object that an earlier
+        attempt left is kept if it is equal but for rounding, and listed in `run.adopted`; a unit
+        that is signed already is not written again. The receipt returned is the one in the store.
+        `present` are shards that are there already (copying.py), with those of their scales and
+        offsets: they are signed as they are said to be, what `features` has in their place means
+        nothing, and an array that is there altogether may be left out.
 
         Raises:
             AlignmentError: the unit is not one of `units`.
-            FeatureError: missing or unknown arrays, shapes, dtypes, values that are not finite.
-            ConflictError: the unit is signed with other content.
+            FeatureError: missing or unknown arrays, shapes, dtypes, values that are not finite,
+                `counts.samples` that are not the digest of the unit's rows.
+            ConflictError: the unit is signed, or was begun, with other content.
         """
-        started = time.perf_counter()
-        self._check_unit(unit)
-        invalid = sorted(invalid, key=lambda row: row.row)
-        holes = self._check_invalid(unit, invalid)
-        self._check_features(unit, features, holes)
-        objects: dict[str, list[Buffer]] = {
-            path: self.layouts[name].parts(features[name][cell], holes)
-            for name, cell, path in self.shards(unit)
-        }
-        objects[f"valid/c/{unit.id}"] = [self.valid_chunk(unit, invalid)]
-        receipt = Receipt(
-            fingerprint=self.fingerprint,
-            unit=unit.id,
-            start=unit.start,
-            stop=unit.stop,
-            n_ok=unit.n_rows - len(holes),
-            n_invalid=len(holes),
-            invalid=tuple(invalid),
-            counts=counts,
-            objects=tuple(
-                ObjectRecord(path=path, n_bytes=_n_bytes(parts), crc32c=crc32c(parts))
-                for path, parts in objects.items()
-            ),
-            run=run,
-        )
-        signed = self.receipt(unit)
-        if signed is not None:
-            return self._agreed(receipt, signed, written=False)
-        in_threads(lambda path: self.folder.put(path, objects[path]), list(objects))
-        seconds = {**run.seconds, "write": time.perf_counter() - started}
-        receipt = receipt.model_copy(update={"run": run.model_copy(update={"seconds": seconds})})
-        if self.folder.put_if_absent(receipt_path(unit), receipt.to_json()):
-            return receipt
-        signed = self.receipt(unit)
-        if signed is None:
-            raise StoreError(f"{self._place(unit)}: its receipt was deleted while it was written")
-        return self._agreed(receipt, signed, written=True)
-
-    def _place(self, unit: Unit) -> str:
-        return f"{self.url}, unit {unit.id}"
+        return UnitWriter(self).write(unit, features, invalid, run, counts, present)
 
     def valid_chunk(self, unit: Unit, invalid: Iterable[InvalidRow]) -> bytes:
         """The unit's chunk of the array `valid`: one byte a row, padded to a whole unit."""
@@ -309,71 +302,6 @@ class FeatureStore:
         valid[: unit.n_rows] = True
         valid[[row.row - unit.start for row in invalid]] = False
         return valid.tobytes()
-
-    def _agreed(self, mine: Receipt, signed: Receipt, *, written: bool) -> Receipt:
-        """The receipt in the store, if mine says the same."""
-        differing = conflict(mine, signed)
-        if differing:
-            state = (
-                "its objects may now be of either writer; delete the receipt and extract again"
-                if written
-                else "nothing was written; find out what differs between the two runs: "
-                f"{signed.run.versions} on {signed.run.device!r} then, "
-                f"{mine.run.versions} on {mine.run.device!r} now"
-            )
-            raise ConflictError(
-                f"{self.url}, unit {mine.unit}: signed before with other content in "
-                f"{', '.join(differing)}; {state}"
-            )
-        return signed
-
-    def _check_unit(self, unit: Unit) -> None:
-        if not 0 <= unit.id < len(self.units) or self.units[unit.id] != unit:
-            raise AlignmentError(
-                f"{self.url}: rows {unit.start}..{unit.stop} as unit {unit.id} are not one whole "
-                f"unit of {self.spec.rows_per_unit} rows; two writers of one shard lose rows. "
-                "Take units from `store.units` or `store.pending()`"
-            )
-
-    def _check_invalid(self, unit: Unit, invalid: Sequence[InvalidRow]) -> list[int]:
-        """Positions of the invalid rows in the unit."""
-        holes = [row.row - unit.start for row in invalid]
-        if len(set(holes)) != len(holes) or any(not 0 <= h < unit.n_rows for h in holes):
-            raise FeatureError(
-                f"{self._place(unit)}: invalid rows {[row.row for row in invalid]}; want distinct "
-                f"rows of {unit.start}..{unit.stop}"
-            )
-        return holes
-
-    def _check_features(
-        self, unit: Unit, features: Mapping[str, Array], holes: Sequence[int]
-    ) -> None:
-        if features.keys() != self._by_name.keys():
-            missing = sorted(self._by_name.keys() - features.keys())
-            unknown = sorted(features.keys() - self._by_name.keys())
-            raise FeatureError(
-                f"{self._place(unit)}: arrays missing {missing}, unknown {unknown}; want exactly "
-                f"{list(self._by_name)}"
-            )
-        for name, array in features.items():
-            layout = self.layouts[name]
-            want = (self.n_cells(name), unit.n_rows, *layout.row_shape)
-            if array.shape != want or array.dtype != layout.stored:
-                raise FeatureError(
-                    f"{self._place(unit)}, tap {name!r}: {array.dtype.name} {array.shape}, want "
-                    f"{layout.stored.name} {want} (timestep, row, ...)"
-                )
-        for name, array in features.items():
-            for cell in range(self.n_cells(name)):
-                bad = np.setdiff1d(non_finite_rows(array[cell], self.layouts[name].dtype), holes)
-                if bad.size:
-                    row = unit.start + int(bad[0])
-                    raise FeatureError(
-                        f"{self._place(unit)}, tap {name!r}, timestep {self._time_of(name, cell)}: "
-                        f"{bad.size} rows are not finite, the first is row {row} (key "
-                        f"{self.index.table['key'][row].as_py()!r}); want finite values. Store "
-                        "as bfloat16 or float32, or set `overflow: clip`"
-                    )
 
     # --- receipts -------------------------------------------------------------------------------
 
@@ -410,25 +338,14 @@ class FeatureStore:
         return self._has("sealed.json")
 
     def seal(self) -> None:
-        """Write the final sample table and the seal; a sealed store stays as it is.
+        """Check that every row and every object is accounted for, then write the final sample
+        table and the seal; a sealed store stays as it is.
 
         Raises:
-            StoreError: units are pending.
+            StoreError: units are pending, or something is not as their receipts say.
         """
-        receipts = self.receipts()
-        pending = [unit.id for unit in self.units if unit.id not in receipts]
-        if pending:
-            raise StoreError(
-                f"{self.url}: {len(pending)} of {len(self.units)} units have no receipt, the first "
-                f"is unit {pending[0]}; run `drl extract` again before sealing"
-            )
-        if self.sealed:
-            return
-        sink = pa.BufferOutputStream()
-        pq.write_table(sample_table(self.index, receipts), sink, compression="zstd")
-        samples = memoryview(sink.getvalue())
-        self.folder.put("samples.parquet", [samples])
-        self.folder.put_if_absent("sealed.json", canonical_json(seal_content(receipts, samples)))
+        if not self.sealed:
+            seal(self)
 
     def samples(self) -> pa.Table:
         """One line per sample, in row order.
@@ -437,15 +354,23 @@ class FeatureStore:
         `pending`), stage and reason (null unless invalid).
         """
         if self.sealed:
-            return pq.read_table(pa.BufferReader(self.folder.get("samples.parquet")))
+            return self._sealed_samples()
         return sample_table(self.index, self.receipts())
+
+    def _sealed_samples(self, columns: list[str] | None = None) -> pa.Table:
+        data = pa.BufferReader(self.folder.get("samples.parquet"))
+        try:
+            return pq.read_table(data, columns=columns)
+        except (pa.ArrowException, OSError) as error:
+            raise StoreError(
+                f"{self.url}/samples.parquet: not the sample table ({error}); delete sealed.json "
+                "and seal the store again"
+            ) from error
 
     def valid_rows(self) -> npt.NDArray[np.bool_]:
         """Whether each row has features, [n_samples]; False for pending rows."""
         if self.sealed:
-            table = pq.read_table(
-                pa.BufferReader(self.folder.get("samples.parquet")), columns=["status"]
-            )
+            table = self._sealed_samples(["status"])
             return np.array([status == "ok" for status in table["status"].to_pylist()], np.bool_)
         valid = np.zeros(self.spec.n_samples, np.bool_)
         for receipt in self.receipts().values():
@@ -465,7 +390,7 @@ class FeatureStore:
             AlignmentError: the unit is not one of `units`.
             StoreError: the unit is not written, or its shard is damaged.
         """
-        self._check_unit(unit)
+        check_unit(self, unit)
         cell = self._checked_cell(name, time_index, view)
         return self._reader.read_unit(name, cell, unit)
 
@@ -478,7 +403,10 @@ class FeatureStore:
             TapError: no such array, timestep or view.
             StoreError: a row that is out of range or not written, or a damaged shard.
         """
-        cell = self._checked_cell(name, time_index, view)
+        return self.read_cell(name, self._checked_cell(name, time_index, view), rows)
+
+    def read_cell(self, name: str, cell: int, rows: npt.ArrayLike) -> Array:
+        """`read_rows` of a cell: a timestep of a view, as `shards` counts them."""
         wanted = np.asarray(rows, np.int64).reshape(-1)
         if wanted.size and not 0 <= wanted.min() <= wanted.max() < self.spec.n_samples:
             raise StoreError(
@@ -512,13 +440,26 @@ class FeatureStore:
         return verify(self, deep=deep)
 
 
+def problems_at(url: str, deep: bool = False) -> list[Problem]:
+    """`FeatureStore.verify` of the store at a folder or URL, even if its root is damaged.
+
+    Raises:
+        InputError: there is nothing like a store.
+    """
+    try:
+        store = FeatureStore.open(url)
+    except StoreError as error:
+        return [Problem(None, "zarr.json", str(error), REPAIR)]
+    except InputError:
+        if not _has(open_folder(url), "spec.json"):
+            raise
+        return [Problem(None, "zarr.json", "missing", REPAIR)]
+    return store.verify(deep=deep)
+
+
 def _has(folder: Folder, path: str) -> bool:
     try:
         folder.head(path)
     except ObjectNotFoundError:
         return False
     return True
-
-
-def _n_bytes(parts: Sequence[Buffer]) -> int:
-    return sum(memoryview(part).nbytes for part in parts)

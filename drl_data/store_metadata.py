@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from pydantic import JsonValue, ValidationError
 
+from drl_data.checksums import checked_json, signed_json
 from drl_data.errors import SpecError, StoreError, StoreMismatchError, TapError
 from drl_data.shards import STORED, Array, ShardLayout
 from drl_data.spec import FORMAT_VERSION, ArraySpec, FeatureSpec, ResolvedTime
@@ -23,7 +24,7 @@ TIME_DIMS = {"each": "timestep", "mean": "timestep_mean", "none": "timeless"}
 
 _RESERVED = (
     *("sample", "view", *TIME_DIMS.values(), "valid", "receipts", "fits", "zarr.json", "spec.json"),
-    *("index.parquet", "samples.parquet", "sealed.json"),
+    *("index.parquet", "index.json", "samples.parquet", "sealed.json"),
 )
 
 
@@ -54,13 +55,15 @@ def store_metadata(store: Described) -> dict[str, bytes]:
         "zarr_format": 3,
         "node_type": "group",
         "attributes": {
-            "drl_data": {
-                "format": FORMAT_VERSION,
-                "fingerprint": spec.fingerprint(),
-                "spec": dumped,
-                "arrays": [a.model_dump(mode="json", exclude_defaults=True) for a in arrays],
-                "times": [t.model_dump(mode="json") for t in times],
-            }
+            "drl_data": signed_json(
+                {
+                    "format": FORMAT_VERSION,
+                    "fingerprint": spec.fingerprint(),
+                    "spec": dumped,
+                    "arrays": [a.model_dump(mode="json", exclude_defaults=True) for a in arrays],
+                    "times": [t.model_dump(mode="json") for t in times],
+                }
+            )
         },
         "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": nodes},
     }
@@ -93,14 +96,19 @@ def parse_root(data: bytes, url: str) -> Described:
         recorded = meta["fingerprint"]
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         raise StoreError(
-            f"{url}/zarr.json: not a drl_data store ({type(error).__name__}: {error}); "
-            "give another URL"
+            f"{url}/zarr.json: not a drl_data store ({type(error).__name__}: {error}); give "
+            "another URL, or if it was one, `drl extract --repair` with its pipeline restores it"
         ) from error
+    remedy = "`drl extract --repair` with the store's pipeline restores it"
     if described.spec.fingerprint() != recorded:
         raise StoreError(
             f"{url}/zarr.json: the spec in it has fingerprint {described.spec.fingerprint()}, the "
-            f"store says {recorded}; it was edited. Restore it, or extract into another store"
+            f"store says {recorded}; it was edited. {remedy}"
         )
+    try:
+        checked_json(meta)
+    except ValueError as error:
+        raise StoreError(f"{url}/zarr.json: {error}. {remedy}") from error
     return described
 
 

@@ -7,7 +7,7 @@ tensors of many taps are never in memory at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -19,6 +19,9 @@ from drl_data.taps import VAE, ResolvedTap
 Fits = Mapping[str, Sequence[Pca]]
 """Array -> fitted components at each timestep, or one for all."""
 
+TapTimes = Mapping[str, Collection[int]]
+"""Array -> positions of the timesteps at which it is wanted."""
+
 
 class TapReducer:
     """The taps of one computer; used by one thread at a time.
@@ -27,10 +30,16 @@ class TapReducer:
     """
 
     def __init__(
-        self, taps: Sequence[ResolvedTap], *, n_times: int = 1, fits: Fits | None = None
+        self,
+        taps: Sequence[ResolvedTap],
+        *,
+        n_times: int = 1,
+        fits: Fits | None = None,
+        wanted: TapTimes | None = None,
     ) -> None:
+        """Of every tap at all `n_times` timesteps, or of those that are `wanted`, when they are."""
         self.taps = tuple(taps)
-        self._helpers = {m.name: m for tap in taps for m in tap.modulation}
+        self._wanted = wanted
         self._fits = fits or {}
         self._n_times = n_times
         self._n_members = 1
@@ -42,26 +51,48 @@ class TapReducer:
         self._taken_dims: dict[str, tuple[str, ...]] = {}
         self.dims: dict[str, tuple[str, ...]] = {}
         """Names of the axes of each array's rows, once it is finished."""
+        self.start(0, 1)
 
     @property
     def encoder(self) -> list[ResolvedTap]:
         """Taps that encoding an image reaches."""
-        return [tap for tap in self.taps if tap.is_timeless and _is_encoder(tap)]
+        return [tap for tap in self._timeless if _is_encoder(tap)]
 
     @property
     def decoder(self) -> list[ResolvedTap]:
         """Taps of the clean latents, and those that decoding them reaches."""
-        return [tap for tap in self.taps if tap.is_timeless and not _is_encoder(tap)]
+        return [tap for tap in self._timeless if not _is_encoder(tap)]
+
+    @property
+    def _timeless(self) -> list[ResolvedTap]:
+        return [
+            tap
+            for tap in self.taps
+            if tap.is_timeless and (self._wanted is None or self._wanted.get(tap.name))
+        ]
 
     @property
     def denoiser(self) -> list[ResolvedTap]:
-        """Taps that differ between timesteps, and the modulations that their reductions need."""
-        inside = [tap for tap in self.taps if not tap.is_timeless and tap.site != LOSS]
+        """Taps that differ between timesteps, of the timestep that was started, and the modulations
+        that their reductions need."""
+        inside = [tap for tap in self._here if tap.site != LOSS]
         return [*inside, *self._helpers.values()]
+
+    @property
+    def losses(self) -> list[ResolvedTap]:
+        """Taps of the prediction's error, of the timestep that was started."""
+        return [tap for tap in self._here if tap.site == LOSS]
 
     def start(self, time_index: int, n_members: int) -> None:
         """Begin a timestep, of which `n_members` forwards follow."""
         self._time, self._n_members = time_index, n_members
+        self._here = [
+            tap
+            for tap in self.taps
+            if not tap.is_timeless
+            and (self._wanted is None or time_index in self._wanted.get(tap.name, ()))
+        ]
+        self._helpers = {m.name: m for tap in self._here for m in tap.modulation}
         self._sums.clear()
         self._counts.clear()
         self._reduced.clear()

@@ -166,14 +166,14 @@ def expand_aliases(
         for alias in matches:
             module = aliases[alias][1 if site in OF_THE_FIRST else 0]
             address = ".".join((f"{module}@{site}", *parts))
-            name = spec.name or f"{alias}{_suffix(site, parts)}"
+            name = spec.name or f"{alias}{array_suffix(site, parts)}"
             expanded.append(TapSpec(path=address, name=name, reduce=spec.reduce))
     return expanded
 
 
 def _matching(spec: TapSpec, pattern: str, names: Sequence[str]) -> list[str]:
     """The names that a tap's pattern matches, at least one."""
-    expression = re.compile(_glob_to_regex(pattern))
+    expression = re.compile(glob_to_regex(pattern))
     matches = [name for name in names if expression.fullmatch(name)]
     if not matches:
         near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.3) or list(names[:5])
@@ -213,14 +213,14 @@ def _resolve_one(spec: TapSpec, modules: Modules) -> list[ResolvedTap]:
             f"{'.'.join((site, *parts))}; nearest that do: {', '.join(near)}"
         )
     _check_name(spec, tuple(found))
-    suffix = _suffix(site, parts)
+    suffix = array_suffix(site, parts)
     return [
         _resolved(spec, modules, name, spec.name or f"{name}{suffix}", place)
         for name, place in found.items()
     ]
 
 
-def _suffix(site: str, parts: Sequence[str]) -> str:
+def array_suffix(site: str, parts: Sequence[str]) -> str:
     """What an array's name adds to its module's for another tensor than the output."""
     suffix = "".join(f"-{word}" for word in (site, *parts) if word != "out")
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", suffix).rstrip("_")
@@ -251,7 +251,7 @@ def _resolved(
     return ResolvedTap(name, place.module, place.place, place.parts, spec.reduce, tuple(modulation))
 
 
-def _glob_to_regex(pattern: str) -> str:
+def glob_to_regex(pattern: str) -> str:
     pieces = re.split(r"(\*\*|\*|\?)", pattern)
     wild = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
     return "".join(wild.get(piece, re.escape(piece)) for piece in pieces)

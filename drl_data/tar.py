@@ -10,13 +10,14 @@ that ends early, or goes on after its end marker, is an error: both would lose s
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 from drl_data.errors import InputError
-from drl_data.objects import Folder
+from drl_data.objects import Folder, join_url
 
 BLOCK_BYTES = 512
 GZIP_MAGIC = b"\x1f\x8b"
@@ -38,6 +39,7 @@ _OTHER_COMPRESSIONS = {
     b"\x04\x22\x4d\x18": "lz4",
     b"PK\x03\x04": "zip",
 }
+_USED_RECORDS = frozenset([b"path", b"size", b"mtime", b"GNU.sparse.name"])
 _WITHOUT_DATA = frozenset(b"123456")
 """Links, devices, directories, pipes: their size field does not count bytes that follow."""
 _REGULAR = frozenset(b"0\x007S")
@@ -71,7 +73,7 @@ class RangedSource:
     """A plain tar: a window of it at a time."""
 
     def __init__(self, folder: Folder, path: str, size: int) -> None:
-        self.name = f"{folder.url}/{path}"
+        self.name = join_url(folder.url, path)
         self._folder, self._path, self._size = folder, path, size
         local = folder.local_path(path) is not None
         self._ahead = _LOCAL_WINDOW if local else _REMOTE_WINDOW
@@ -100,7 +102,7 @@ class GzipSource:
     """
 
     def __init__(self, folder: Folder, path: str, size: int) -> None:
-        self.name = f"{folder.url}/{path}"
+        self.name = join_url(folder.url, path)
         self._folder, self._path, self._size = folder, path, size
         self._fetched = 0
         self._compressed: bytes | memoryview = b""
@@ -282,11 +284,13 @@ def _number(
 ) -> float:
     try:
         value = type(default)(records.get(key, default))
-    except ValueError as error:
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or (key == "size" and value < 0):
         raise InputError(
-            f"{source.name}: PAX {key} {records[key]!r} at byte {position}, want a number; write "
-            "the tar again"
-        ) from error
+            f"{source.name}: PAX {key} {records[key][:40]!r} at byte {position}, want a number "
+            "(of bytes, or seconds); write the tar again"
+        )
     return value
 
 
@@ -319,7 +323,11 @@ def _pax_records(payload: bytes, source: Source, position: int) -> dict[str, str
                 f"{source.name}: a corrupt PAX record in the header at byte {position}; copy or "
                 "write the tar again"
             )
-        records[_text(key)] = value.decode("utf-8", "backslashreplace")
+        # Others are left out: global ones hold for every member, and a tar may have millions.
+        if key in _USED_RECORDS:
+            records[key.decode()] = value.decode("utf-8", "backslashreplace")
+        elif key.startswith(b"GNU.sparse."):
+            records["GNU.sparse."] = ""
         start = stop
     return records
 

@@ -2,28 +2,39 @@
 
     write_photo_tars      crops of the photographs that scikit-learn ships
     Schedule              per unit and attempt: run, fail, or die
+    KillingRows           a task that some rows kill, in one of several ways
+    Fault                 kills a process the n-th time that it reads, computes, writes or signs
+    PoisonImage           an image that kills the process that decodes it
 
 Tiny backbones are in tiny_models.py.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import importlib
 import io
+import itertools
 import os
-from collections.abc import Callable, Mapping
+import resource
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
-import webdataset
 from PIL import Image
 
 from drl_data.errors import ObjectError
+from drl_data.objects import Buffer
 from drl_data.plan import Lease
 from drl_data.stopping import Stop
 
 R = TypeVar("R")
+T = TypeVar("T")
 
 PAN = 2
 """Pixels that a crop moves from one frame of a video to the next, down and to the right."""
@@ -38,6 +49,7 @@ def write_photo_tars(
     `frames` above 1 a sample is a video, the crop in slow motion: `crop-0000.tif`, lossless, of so
     many pages. Bytes are reproducible.
     """
+    import webdataset  # here, because it takes a second that children need not wait
     from sklearn.datasets import load_sample_image
 
     photos = [load_sample_image(name) for name in ("china.jpg", "flower.jpg")]
@@ -107,3 +119,167 @@ class Schedule(Generic[R]):
             return task(lease, stop)
 
         return run
+
+
+@dataclass
+class KillingRows(Generic[R]):
+    """A task that dies of some rows, each time that it is to compute one of them.
+
+    `how` it dies: `exit` ends the process without a word; `memory` asks for more memory than the
+    process may have; any other is the name of a signal, `SIGSEGV` or `SIGKILL`.
+    """
+
+    make_task: Callable[[], Callable[[Lease, Stop], R]]
+    rows: tuple[int, ...]
+    how: str = "SIGSEGV"
+
+    def __call__(self) -> Callable[[Lease, Stop], R]:
+        """Make the task, as executors expect."""
+        task = self.make_task()
+
+        def run(lease: Lease, stop: Stop) -> R:
+            start, end = lease.probe or (lease.unit.start, lease.unit.stop)
+            left_out = {row for row, _ in lease.poison}
+            if any(start <= row < end for row in set(self.rows) - left_out):
+                die(self.how)
+            return task(lease, stop)
+
+        return run
+
+
+def die(how: str) -> None:
+    """End this process, as `KillingRows` says; `memory` raises MemoryError where that is all."""
+    if how == "exit":
+        os._exit(1)
+    if how != "memory":
+        os.kill(os.getpid(), signal.Signals[how])
+        signal.pause()  # the signal may reach another thread first
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, hard))
+    try:
+        np.ones(1 << 40, np.uint8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+Phase = Literal["read", "compute", "write", "sign", "signed"]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Kills a process the `nth` time (from 1) that an extracting one comes to a phase.
+
+    `read`: the pixels of a batch are there; `compute`: one forward of a batch is done; `write`: an
+    object of features is about to be put; `sign`: all objects of a unit are there, its receipt is
+    about to be put; `signed`: the receipt has just been put, and nobody was told.
+
+    It strikes once over all processes: `mark` is a file that is made then, and holds the number of
+    the process that came there. `victim` is that process (`self`), its parent, or a number.
+    """
+
+    phase: Phase
+    nth: int
+    mark: str
+    victim: Literal["self", "parent"] | int = "self"
+    how: str = "SIGKILL"
+
+    def arm(self) -> None:
+        """Lie in wait in this process, for its whole life."""
+        count, lock = itertools.count(1), threading.Lock()
+
+        def come() -> None:
+            with lock:
+                strikes = next(count) == self.nth
+            if strikes:
+                self._strike()
+
+        _watch(self.phase, come)
+
+    def _strike(self) -> None:
+        try:
+            with open(self.mark, "x") as file:
+                file.write(str(os.getpid()))
+        except FileExistsError:
+            return  # it has happened, in another process
+        match self.victim:
+            case "self":
+                die(self.how)
+            case "parent":
+                os.kill(os.getppid(), signal.Signals[self.how])
+            case int(process):
+                os.kill(process, signal.Signals[self.how])
+
+
+@dataclass(frozen=True)
+class PoisonImage:
+    """An image, known by the SHA-256 of its bytes, that kills every process that decodes it.
+
+    `how`, as `KillingRows` has it.
+    """
+
+    sha256: str
+    how: str = "SIGSEGV"
+
+    def arm(self) -> None:
+        """Lie in wait in this process, for its whole life."""
+        room = vars(importlib.import_module("drl_data.images"))
+        plain = room["_decode"]
+
+        def decode(data: Buffer, *rest: object) -> object:
+            if hashlib.sha256(data).hexdigest() == self.sha256:
+                die(self.how)
+            return plain(data, *rest)
+
+        room["_decode"] = decode
+
+
+def make_faulty_task(
+    faults: Sequence[Fault | PoisonImage], make_task: Callable[[], Callable[[Lease, Stop], R]]
+) -> Callable[[Lease, Stop], R]:
+    """Make a task where faults lie in wait; executors get a `partial` of this."""
+    for fault in faults:
+        fault.arm()
+    return make_task()
+
+
+def _watch(phase: Phase, come: Callable[[], None]) -> None:
+    """Call `come` each time that this process comes to the phase."""
+    from drl_data.features import FeatureComputer
+    from drl_data.objects import LocalFolder
+
+    def before(owner: type, name: str, is_it: Callable[[str], bool], *, after: bool) -> None:
+        plain = getattr(owner, name)
+
+        def watched(folder: LocalFolder, path: str, *rest: object) -> object:
+            if is_it(path) and not after:
+                come()
+            result = plain(folder, path, *rest)
+            if is_it(path) and after:
+                come()
+            return result
+
+        setattr(owner, name, watched)
+
+    def each(plain: Callable[..., Iterator[T]]) -> Callable[..., Iterator[T]]:
+        def watched(*args: object, **kwargs: object) -> Iterator[T]:
+            with contextlib.closing(plain(*args, **kwargs)) as items:  # type: ignore[type-var]
+                for item in items:
+                    come()
+                    yield item
+
+        return watched
+
+    if phase == "read":
+        room = importlib.import_module("drl_data.extract")  # not the function of that name
+        vars(room)["read_batches"] = each(vars(room)["read_batches"])
+    elif phase == "compute":
+        FeatureComputer.compute = each(FeatureComputer.compute)  # type: ignore[method-assign]
+    else:
+        is_receipt = phase != "write"
+        for name in ("put", "put_if_absent"):
+            before(
+                LocalFolder,
+                name,
+                lambda path: path.startswith("receipts/") == is_receipt,
+                after=phase == "signed",
+            )

@@ -22,7 +22,7 @@ AWS_SETTINGS = (
 )
 
 
-def _new_bucket(endpoint: str, key: str, secret: str) -> Iterator[str]:
+def new_bucket(endpoint: str, key: str, secret: str) -> Iterator[str]:
     """URL of a new bucket; the environment names the server while the fixture lives."""
     import botocore.session
 
@@ -86,7 +86,7 @@ def moto_endpoint() -> Iterator[str]:
 @pytest.fixture
 def s3_url(moto_endpoint: str) -> Iterator[str]:
     """A new, empty bucket on moto's server."""
-    yield from _new_bucket(moto_endpoint, "test", "test")
+    yield from new_bucket(moto_endpoint, "test", "test")
 
 
 @pytest.fixture(scope="session")
@@ -113,7 +113,7 @@ def ceph_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def ceph_url(ceph_endpoint: str) -> Iterator[str]:
     """A new, empty bucket on Ceph's gateway."""
-    yield from _new_bucket(ceph_endpoint, "cephkey123", "cephsecret123")
+    yield from new_bucket(ceph_endpoint, "cephkey123", "cephsecret123")
 
 
 @pytest.fixture(
@@ -140,6 +140,12 @@ def local_ray() -> Iterator[None]:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init(
+        address="local",  # and not what else may run on this machine
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+    )
     yield
     ray.shutdown()

@@ -11,6 +11,7 @@ import torch
 from drl_data.diffusion_spec import ConditionSpec, LatentSpec, NoiseSpec, ScheduleSpec
 from drl_data.index import SampleIndex, TarInfo
 from drl_data.plan import InvalidRow, Unit
+from drl_data.quantise import companions, to_storage
 from drl_data.shards import STORED, Array
 from drl_data.spec import ArraySpec, DatasetSpec, FeatureSpec, ImageSpec, ResolvedTime, TapSpec
 from drl_data.spec_base import StorageDType
@@ -88,6 +89,22 @@ ARRAYS = (
 TIMES = make_times(10, 200)
 
 
+def quantised(name: str, shape: Sequence[int], dtype: StorageDType) -> tuple[ArraySpec, ...]:
+    """An integer array and those of its scales and offsets."""
+    array = make_array(name, shape, dtype)
+    return (array, *companions(array))
+
+
+EVERY_DTYPE = (
+    make_array("half", (4, 2, 2), "float16"),
+    make_array("brain", (6,), "bfloat16"),
+    make_array("full", (3, 5), "float32"),
+    make_array("eight", (3, 5), "float8_e4m3fn"),
+    *quantised("signed", (4, 2, 2), "int8"),
+    *quantised("unsigned", (3, 5), "uint8"),
+)
+
+
 def make_store(
     url: str,
     n: int = 11,
@@ -97,9 +114,9 @@ def make_store(
     times: Sequence[ResolvedTime] = TIMES,
     splits: Mapping[str, int] | None = None,
 ) -> FeatureStore:
-    return FeatureStore.create(
-        url, make_spec(n, rows_per_unit), arrays, times, make_index(n, splits)
-    )
+    index = make_index(n, splits)
+    spec = make_spec(n, rows_per_unit, dataset=index.digest())
+    return FeatureStore.create(url, spec, arrays, times, index)
 
 
 def reference(array: ArraySpec, n_times: int, n: int, seed: int = 0) -> Array:
@@ -119,6 +136,26 @@ def reference(array: ArraySpec, n_times: int, n: int, seed: int = 0) -> Array:
 def unit_features(store: FeatureStore, unit: Unit, seed: int = 0) -> dict[str, Array]:
     n, n_times = store.spec.n_samples, len(store.times)
     return {a.name: reference(a, n_times, n, seed)[:, unit.start : unit.stop] for a in store.arrays}
+
+
+def computed_features(
+    store: FeatureStore, unit: Unit, attempt: int = 0, noise: float = 1e-6
+) -> dict[str, Array]:
+    """Features of a unit as one attempt computes them: noise, relative to the values, makes the
+    last bits differ between attempts; 0 has none."""
+    features: dict[str, Array] = {}
+    for array in store.features:
+        lead = (store.n_cells(array.name), unit.n_rows)
+        seeds = [unit.id, *array.name.encode()]
+        x = np.random.default_rng(seeds).standard_normal((*lead, *array.shape))
+        if attempt:
+            x = x * (1 + noise * np.random.default_rng([*seeds, attempt]).standard_normal(x.shape))
+        flat = torch.from_numpy(x.astype(np.float32)).flatten(0, 1)
+        parts, _ = to_storage(flat, array, clip=True)
+        for name, part in parts.items():
+            bits = part.view(torch.uint16) if part.dtype == torch.bfloat16 else part
+            features[name] = bits.numpy().reshape(*lead, *bits.shape[1:])
+    return features
 
 
 def invalid_row(row: int) -> InvalidRow:

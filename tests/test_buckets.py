@@ -25,6 +25,7 @@ from drl_data.pipeline import Pipeline
 from drl_data.runs import extract, extract_all
 from drl_data.spec import DatasetSpec, ImageSpec
 from drl_data.tiny_models import save_tiny
+from tests.test_extract import assert_same_store
 
 SHAPES = [(60, 90), (90, 60), (64, 64), (61, 89), (40, 300)]
 """Height and width; the first and the fourth are one bucket at 48 px in multiples of 8."""
@@ -172,6 +173,21 @@ def test_stores_of_buckets_equal_stores_of_their_size(
         theirs = alone.read_unit("mid_block", 0, other)[rows[key] % 2]
         np.testing.assert_array_equal(mine, theirs)
     assert all(s.n_pending == 0 for s in extract_all(given))
+
+
+def test_buckets_reuse_buckets_of_their_size(tars: Path, model: Path, tmp_path: Path) -> None:
+    """The older store is named as the pipeline's is, and has one for each shape, or none."""
+    first, *_ = extract_all(pipeline(tars, model, tmp_path / "old"))
+    for summary in extract_all(pipeline(tars, model, tmp_path / "gone"))[1:]:
+        shutil.rmtree(summary.store.url)
+    for old, n_reused in (("old", len(BUCKETS)), ("gone", 1)):
+        given = pipeline(tars, model, tmp_path / f"from-{old}")
+        assert given.store is not None
+        changed = given.store.model_copy(update={"reuse": (str(tmp_path / old / "f.zarr"),)})
+        summaries = extract_all(given.model_copy(update={"store": changed}))
+        assert sum(bool(s.reused) for s in summaries) == n_reused
+        assert "denoise" not in summaries[0].stage_s
+        assert_same_store(summaries[0].store, first.store)
 
 
 def test_commands_go_through_all_buckets(tars: Path, model: Path, tmp_path: Path) -> None:

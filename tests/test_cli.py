@@ -186,29 +186,92 @@ def test_verify_lists_damage(drl: Drl, photos: Path, model: Path) -> None:
     assert "mid_block/c/1/0/0/0/0" in err
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_the_run_and_the_next_one_resumes(
-    tmp_path: Path, model: Path, number: signal.Signals
-) -> None:
-    write_photo_tars(tmp_path / "data", n_samples=400)
-    path = write_pipeline(tmp_path, model, "data/*.tar", run={"leases": 1})
+def start_extract(
+    tmp_path: Path, model: Path, n_samples: int, **run: object
+) -> tuple[list[str], dict[str, str], subprocess.Popen[str]]:
+    """`drl extract` on so many samples, once its first unit is signed."""
+    write_photo_tars(tmp_path / "data", n_samples=n_samples)
+    path = write_pipeline(tmp_path, model, "data/*.tar", run={"leases": 1, **run})
     command = [sys.executable, "-m", "drl_data", "extract", str(path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"
+    }  # fmt: skip
     process = subprocess.Popen(
-        command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command,
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     receipts = tmp_path / "f.zarr" / "receipts"
     while process.poll() is None and not list(receipts.glob("*.json")):
         time.sleep(0.02)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    return command, environment, process
+
+
+@pytest.mark.parametrize(
+    ("executor", "number"),
+    [
+        ("local", signal.SIGTERM),
+        ("local", signal.SIGINT),
+        ("process", signal.SIGINT),
+        pytest.param("ray", signal.SIGINT, marks=pytest.mark.ray),
+        pytest.param("ray", signal.SIGTERM, marks=[pytest.mark.ray, pytest.mark.slow]),
+    ],
+)
+def test_a_signal_stops_the_run_and_the_next_one_resumes(
+    tmp_path: Path, model: Path, executor: str, number: signal.Signals
+) -> None:
+    """SIGINT goes to every process of the group, as from a terminal; SIGTERM to the driver."""
+    n = 400 if executor == "local" else 1000
+    command, environment, process = start_extract(tmp_path, model, n, executor=executor)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 3, err
-    assert "interrupted; run the same command again to resume" in err
+    assert f"{number.name}: no unit begins now; those that run have 20 s to finish" in err
+    assert "units left; run the same command again to resume" in err
     assert "Traceback" not in err
+    assert "died" not in err
     store = FeatureStore.open(str(tmp_path / "f.zarr"))
     n_done = len(store.receipts())
     assert 0 < n_done < len(store.units)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert f"{400 - 2 * n_done} samples in" in done.stdout
+    assert f"{2 * n_done} samples in" in out
+    local = [*command, "--executor", "local"]
+    done = subprocess.run(local, env=environment, capture_output=True, text=True, check=True)
+    assert f"{n - 2 * n_done} samples in" in done.stdout
     assert store.sealed
     assert store.verify(deep=True) == []
+
+
+def test_a_second_signal_ends_the_run_at_once(tmp_path: Path, model: Path) -> None:
+    _, _, process = start_extract(tmp_path, model, 400, executor="process")
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 3, err
+    assert "again: ending at once; run the same command to resume" in err
+    assert "Traceback" not in err
+    assert not FeatureStore.open(str(tmp_path / "f.zarr")).sealed
+
+
+def test_a_signal_before_units_run_ends_the_command(tmp_path: Path, model: Path) -> None:
+    """While a file is waited for there is nothing to finish: exit 3, and nothing is left behind."""
+    fifo = tmp_path / "p.yaml"
+    os.mkfifo(fifo)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "drl_data", "extract", str(fifo)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with open(fifo, "w"):  # it has begun to read
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.strip()) == (
+        3,
+        "interrupted; run the same command again to resume",
+    )

@@ -177,6 +177,8 @@ def test_one_store_however_it_was_computed(
     assert_same_store(reference, run("resumed", {}))
     run("parts", {}, part=(1, 2))
     assert_same_store(reference, run("parts", {}, part=(0, 2)))
+    processes = {"executor": "process", "workers": 2}
+    assert_same_store(reference, run("processes", processes, shuffle_seed=4))
     ray_one = {"executor": "ray", "workers": 1, "cpus_per_worker": 1}
     assert_same_store(reference, run("ray-1", ray_one))
     ray_two = {"executor": "ray", "workers": 2, "cpus_per_worker": 1}

@@ -21,6 +21,7 @@ from drl_data.objects import (
     FsspecFolder,
     LocalFolder,
     ObstoreFolder,
+    RetryingFolder,
     open_folder,
     open_parent,
 )
@@ -33,8 +34,10 @@ def test_kinds_of_folders(tmp_path: Path) -> None:
     assert isinstance(open_folder(str(tmp_path)), LocalFolder)
     assert isinstance(open_folder(f"file://{tmp_path}"), LocalFolder)
     assert open_folder(f"file://{tmp_path}").url == str(tmp_path)
-    assert isinstance(open_folder("s3://bucket/folder"), ObstoreFolder)
-    assert isinstance(open_folder("memory://folder"), FsspecFolder)
+    for url, kind in (("s3://bucket/folder", ObstoreFolder), ("memory://folder", FsspecFolder)):
+        remote = open_folder(url)
+        assert isinstance(remote, RetryingFolder)
+        assert isinstance(remote.inner, kind)
 
 
 @pytest.mark.parametrize(
@@ -116,8 +119,8 @@ def test_short_reads_are_errors(folder_url: str, start: int, stop: int) -> None:
 
 def test_put_if_absent(folder_url: str) -> None:
     folder = open_folder(folder_url)
-    assert folder.put_if_absent("a/x", b"first")
-    assert not folder.put_if_absent("a/x", b"second")
+    assert folder.put_if_absent("a/x", [b"fi", b"rst"])
+    assert not folder.put_if_absent("a/x", [b"second"])
     assert folder.get("a/x") == b"first"
 
 
@@ -138,7 +141,7 @@ def test_sixteen_threads_and_one_winner(folder_url: str) -> None:
 
         def put(member: int, trial: int = trial, barrier: Barrier = barrier) -> bool:
             barrier.wait()
-            return folder.put_if_absent(f"x/{trial}", str(member).encode())
+            return folder.put_if_absent(f"x/{trial}", [str(member).encode()])
 
         with ThreadPoolExecutor(16) as pool:
             won = list(pool.map(put, range(16)))
@@ -148,8 +151,8 @@ def test_sixteen_threads_and_one_winner(folder_url: str) -> None:
 
 def test_local_writes_leave_nothing_behind(tmp_path: Path) -> None:
     folder = LocalFolder(tmp_path)
-    folder.put_if_absent("x", b"first")
-    folder.put_if_absent("x", b"second")
+    folder.put_if_absent("x", [b"first"])
+    folder.put_if_absent("x", [b"second"])
     folder.put("x", [b"third"])
     assert os.listdir(tmp_path) == ["x"]
     assert folder.local_path("x") == tmp_path / "x"

@@ -5,12 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
 from drl_data.quantise import DamageMeter, companions, from_storage, storage_buffer, to_storage
+from drl_data.reduce import TORCH_DTYPES
 from drl_data.spec import ArraySpec
-from drl_data.spec_base import StorageDType
+from drl_data.spec_base import DType, StorageDType
 
 
 def array(dtype: StorageDType, *shape: int) -> ArraySpec:
@@ -20,8 +23,8 @@ def array(dtype: StorageDType, *shape: int) -> ArraySpec:
 
 def round_trip(x: Tensor, dtype: StorageDType) -> Tensor:
     spec = array(dtype, *x.shape[1:])
-    stored, count = to_storage(x, spec, clip=False)
-    assert int(count) == 0
+    stored, counts = to_storage(x, spec, clip=False)
+    assert counts.tolist() == [[0, 0, 0]] * len(x)
     assert set(stored) == {"a", *(c.name for c in companions(spec))}
     for part in (spec, *companions(spec)):
         buffer = storage_buffer(part, (len(x),), pinned=False)
@@ -127,22 +130,90 @@ def test_quantised_rows_that_are_not_finite_have_scales_that_are_not() -> None:
 def test_overflow_is_counted_and_clipped_on_request(dtype: StorageDType, largest: float) -> None:
     x = torch.tensor([[1.0, largest, largest * 1.2, -1e9, float("inf"), float("nan")]])
     spec = array(dtype, 6)
-    stored, count = to_storage(x, spec, clip=False)
-    assert int(count) == 2
+    stored, counts = to_storage(x, spec, clip=False)
+    assert counts.tolist() == [[1, 1, 2]]
     values = from_storage(stored, spec)[0].float()
     assert torch.isfinite(values).tolist() == [True, True, False, False, False, False]
-    stored, count = to_storage(x, spec, clip=True)
-    assert int(count) == 2
+    stored, counts = to_storage(x, spec, clip=True)
+    assert counts.tolist() == [[1, 1, 2]]
     values = from_storage(stored, spec)[0].float()
     assert values[:4].tolist() == [1.0, largest, largest, -largest]
     assert not torch.isfinite(values[4:]).any()
 
 
+LARGEST = {
+    "float32": torch.finfo(torch.float32).max,
+    "bfloat16": torch.finfo(torch.bfloat16).max,
+    "float16": 65504.0,
+    "float8_e4m3fn": 448.0,
+    "float8_e5m2": 57344.0,
+}
+FINITE = st.floats(allow_nan=False, allow_infinity=False, width=32)
+SPECIAL = st.sampled_from([float("nan"), float("inf"), float("-inf")])
+
+
+@given(
+    st.sampled_from(["float32", "bfloat16", "float16"]),
+    st.sampled_from([*LARGEST, "int8", "uint8"]),
+    st.lists(st.one_of(FINITE, st.floats(-3, 3, width=16), SPECIAL),
+             min_size=12, max_size=12),
+    st.booleans(),
+    st.booleans(),
+)  # fmt: skip
+def test_what_is_stored_is_finite_or_counted(
+    computed: DType, dtype: StorageDType, values: list[float], clip: bool, fill: bool
+) -> None:
+    """Any values in any type: each is kept, replaced by what the rules say, or counted."""
+    x = torch.tensor(values).reshape(2, 2, 3).to(TORCH_DTYPES[computed])
+    spec = array(dtype, 2, 3)
+    stored, counts = to_storage(x, spec, clip=clip, fill=fill)
+    read = from_storage(stored, spec).double().flatten(1)
+    exact = x.double().flatten(1)
+    assert counts[:, 0].tolist() == torch.isnan(exact).sum(1).tolist()
+    assert counts[:, 1].tolist() == torch.isinf(exact).sum(1).tolist()
+    if (clip or not counts[:, 2].any()) and (fill or not counts[:, :2].any()):
+        assert torch.isfinite(read).all()
+    for row in range(2):
+        if not counts[row].any():
+            assert torch.isfinite(read[row]).all()
+    if dtype not in LARGEST:
+        return
+    largest = LARGEST[dtype]
+    nan, inf = torch.isnan(exact), torch.isinf(exact)
+    if fill:
+        assert (read[nan] == 0).all()
+        assert (read[inf] == exact[inf].sign() * largest).all()
+    else:
+        assert not torch.isfinite(read[nan | inf]).any()
+    inside = torch.isfinite(exact) & (exact.abs() <= largest)
+    error = (read - exact)[inside].abs()
+    assert (error <= exact[inside].abs() / 4 + 0.01).all()
+    past = ~nan & ~inf & (exact.abs() > largest * 1.1)
+    assert not past.any() or counts[:, 2].sum() >= past.sum()
+    assert (read[past] == exact[past].sign() * largest).all() or not clip
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+def test_quantised_groups_take_their_scale_from_finite_values(dtype: StorageDType) -> None:
+    """An infinity is stored as the largest value of its group, and ruins no other."""
+    x = torch.tensor([[[4.0, 1.0], [float("inf"), 2.0], [float("nan"), -float("inf")]]])
+    stored, counts = to_storage(x, array(dtype, 3, 2), clip=False, fill=True)
+    assert counts.tolist() == [[1, 2, 0]]
+    read = from_storage(stored, array(dtype, 3, 2))[0]
+    lowest = -2.0 if dtype == "int8" else 1.0
+    torch.testing.assert_close(
+        read, torch.tensor([[4.0, 1.0], [4.0, 2.0], [0.0, lowest]]), atol=0.02, rtol=0.01
+    )
+    alone = torch.full((1, 3, 2), float("inf"))
+    stored, _ = to_storage(alone, array(dtype, 3, 2), clip=False, fill=True)
+    assert torch.isfinite(from_storage(stored, array(dtype, 3, 2))).all()
+
+
 def test_the_same_type_is_not_touched() -> None:
     x = torch.tensor([[1.0, float("inf")]])
-    stored, count = to_storage(x, array("float32", 2), clip=True)
+    stored, counts = to_storage(x, array("float32", 2), clip=True)
     assert stored["a"] is x
-    assert int(count) == 0
+    assert counts.tolist() == [[0, 1, 0]]
 
 
 def test_companions_are_arrays_of_their_own() -> None:

@@ -113,6 +113,7 @@ def test_defaults_never_change() -> None:
         (ImageSpec(size=1), {
             "resize": "shortest", "filter": "bicubic", "mode": "RGB",
             "background": (255, 255, 255), "range": (-1.0, 1.0), "max_pixels": 178_956_970,
+            "max_bytes": 1 << 30,
             "shorter_side": None, "fill": (0, 0, 0), "frames": 1, "frame_latents": "video",
         }),
         (LatentSpec(), {"posterior": "sample", "scale": True, "per_member": True}),

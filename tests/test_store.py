@@ -24,7 +24,6 @@ from hypothesis import strategies as st
 from drl_data import store as store_module
 from drl_data.errors import (
     AlignmentError,
-    ConflictError,
     FeatureError,
     InputError,
     SpecError,
@@ -34,7 +33,6 @@ from drl_data.errors import (
 )
 from drl_data.objects import LocalFolder, ObjectInfo, open_folder
 from drl_data.plan import Unit
-from drl_data.receipts import receipt_path
 from drl_data.shards import STORED, ShardLayout, crc32c, non_finite_rows
 from drl_data.spec import ArraySpec, ImageSpec
 from drl_data.spec_base import ITEMSIZE, StorageDType
@@ -326,6 +324,17 @@ def test_a_creation_that_was_cut_short_is_completed(tmp_path: Path) -> None:
     assert store.verify(deep=True) == []
 
 
+def test_an_index_that_a_dead_creator_left_torn_is_put_again(tmp_path: Path) -> None:
+    whole = make_store(str(tmp_path / "whole"))
+    cut = LocalFolder(tmp_path / "cut")
+    cut.put("zarr.json", [whole.folder.get("zarr.json")])
+    cut.put("index.parquet", [whole.folder.get("index.parquet")[:-9]])
+    store = make_store(str(tmp_path / "cut"))
+    assert cut.get("index.parquet") == whole.folder.get("index.parquet")
+    fill(store)
+    assert store.verify(deep=True) == []
+
+
 def test_an_equal_store_is_opened(tmp_path: Path) -> None:
     url = str(tmp_path / "s")
     fill(make_store(url), [3])
@@ -544,56 +553,6 @@ def test_the_write_is_timed_and_the_content_is_not(tmp_path: Path) -> None:
     assert store.receipt(unit) == receipt
 
 
-def test_a_signed_unit_is_not_written_again(folder_url: str) -> None:
-    store = make_store(folder_url)
-    unit = store.units[0]
-    first = store.write(unit, unit_features(store, unit), [], RUN)
-    second = store.write(
-        unit, unit_features(store, unit), [], RUN.model_copy(update={"host": "elsewhere"})
-    )
-    assert second == first
-    other = unit_features(store, unit)
-    other["tokens"] = other["tokens"] + np.float32(1)
-    with pytest.raises(ConflictError, match="other content in tokens; nothing was written"):
-        store.write(unit, other, [], RUN)
-    with pytest.raises(ConflictError, match="other content in counts; nothing"):
-        store.write(unit, unit_features(store, unit), [], RUN, UnitCounts(input_bytes=1))
-    assert store.verify(deep=True) == [p for p in store.verify() if p.unit != 0]
-
-
-class SigningFirst(LocalFolder):
-    """A folder in which another writer signs just before this one does."""
-
-    def __init__(self, root: Path, sign: Callable[[], object]) -> None:
-        super().__init__(root)
-        self._sign = sign
-
-    def put_if_absent(self, path: str, data: bytes | bytearray | memoryview) -> bool:
-        self._sign()
-        return super().put_if_absent(path, data)
-
-
-def test_the_loser_of_a_race_takes_the_winners_receipt(tmp_path: Path) -> None:
-    winner = make_store(str(tmp_path))
-    unit = winner.units[0]
-    features = unit_features(winner, unit)
-    run = RUN.model_copy(update={"host": "winner"})
-    folder = SigningFirst(tmp_path, lambda: winner.write(unit, features, [], run))
-    loser = FeatureStore(folder, winner.described)
-    assert loser.write(unit, features, [], RUN).run.host == "winner"
-
-
-def test_two_writers_with_different_bytes_are_a_conflict(tmp_path: Path) -> None:
-    winner = make_store(str(tmp_path))
-    unit = winner.units[0]
-    folder = SigningFirst(
-        tmp_path, lambda: winner.write(unit, unit_features(winner, unit, seed=1), [], RUN)
-    )
-    loser = FeatureStore(folder, winner.described)
-    with pytest.raises(ConflictError, match=r"in mid_block, tokens, up\.1; its objects may now"):
-        loser.write(unit, unit_features(winner, unit), [], RUN)
-
-
 def test_sixteen_writers_of_one_unit_sign_it_once(folder_url: str) -> None:
     make_store(folder_url)
     barrier = Barrier(16)
@@ -613,43 +572,6 @@ def test_sixteen_writers_of_one_unit_sign_it_once(folder_url: str) -> None:
     assert receipt is not None
     assert hosts == {receipt.run.host}
     assert [p.unit for p in store.verify(deep=True)] == [0, 2]
-
-
-class Failing(LocalFolder):
-    """A disk that fails at the n-th write."""
-
-    n_left = 0
-
-    def put(self, path: str, parts: list[bytes]) -> None:  # type: ignore[override]
-        type(self).n_left -= 1
-        if self.n_left < 0:
-            raise OSError("disk full")
-        super().put(path, parts)
-
-
-@pytest.mark.parametrize("n_written", range(7))
-def test_a_write_that_was_cut_short_is_pending_and_can_be_repeated(
-    tmp_path: Path, n_written: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = make_store(str(tmp_path / "cut"))
-    monkeypatch.setattr(Failing, "n_left", n_written)
-    cut = FeatureStore(Failing(tmp_path / "cut"), store.described, store.index)
-    with pytest.raises(OSError, match="disk full"):
-        cut.write(store.units[0], unit_features(store, store.units[0], seed=5), [], RUN)
-    assert [u.id for u in store.pending()] == [0, 1, 2]
-    fill(store)
-    whole = make_store(str(tmp_path / "whole"))
-    fill(whole)
-    mine, theirs = contents(tmp_path / "cut"), contents(tmp_path / "whole")
-    assert mine == theirs
-    assert [r.content() for r in store.receipts().values()] == [
-        r.content() for r in whole.receipts().values()
-    ]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
-    return {name: p.read_bytes() for name, p in files.items() if not name.startswith("receipts")}
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -759,123 +681,6 @@ def test_close_rows_are_read_in_one_request(tmp_path: Path) -> None:
         ("a/c/0/0/0/0/0", 0, 2 * row),
         ("a/c/1/0/0/0/0", 3 * row, 4 * row),
     ]
-
-
-# --- verify --------------------------------------------------------------------------------------
-
-
-def damage(store: FeatureStore, path: str, change: str) -> None:
-    data = bytearray(store.folder.get(path))
-    if change == "delete":
-        store.folder.delete(path)
-        return
-    if change == "flip":
-        data[len(data) // 3] ^= 4
-    elif change == "cut":
-        data = data[:-1]
-    elif change == "other unit":
-        data = bytearray(bytes(data).replace(b'"unit":1', b'"unit":2'))
-    elif change == "other spec":
-        data = bytearray(bytes(data).replace(store.fingerprint.encode(), b"f" * 32))
-    store.folder.put(path, [data])
-
-
-R1 = "receipts/00000001.json"
-
-
-@pytest.mark.parametrize(
-    ("path", "change", "deep", "unit", "what"),
-    [
-        ("zarr.json", "flip", False, None, "not what the store's spec implies"),
-        ("tokens/zarr.json", "delete", False, None, "missing"),
-        ("timestep/c/0", "flip", False, None, "not what"),
-        ("spec.json", "cut", False, None, "not what"),
-        ("index.parquet", "delete", False, None, "missing"),
-        (R1, "delete", False, 1, "no receipt: the unit is not computed"),
-        (R1, "cut", False, 1, "not a receipt of format 1"),
-        (R1, "other unit", False, 1, "not of this store's unit"),
-        (R1, "other spec", False, 1, "not of this store's unit"),
-        ("tokens/c/1/0/0/0", "delete", False, 1, "missing, though the receipt lists it"),
-        ("tokens/c/1/0/0/0", "cut", False, 1, "259 bytes, receipt 260, layout 260"),
-        ("tokens/c/1/0/0/0", "flip", True, 1, "the bytes changed after the unit was signed"),
-        ("valid/c/1", "flip", True, 1, "the bytes changed"),
-    ],
-)
-def test_verify_finds_damage(
-    tmp_path: Path, path: str, change: str, deep: bool, unit: int | None, what: str
-) -> None:
-    store = make_store(str(tmp_path))
-    fill(store, [5])
-    assert store.verify(deep=True) == []
-    damage(store, path, change)
-    problems = store.verify(deep=deep)
-    assert [(p.unit, p.object) for p in problems] == [(unit, path)]
-    assert what in problems[0].what
-    assert problems[0].remedy
-    if deep:
-        assert store.verify() == []
-
-
-def resign(store: FeatureStore, path: str, data: bytes) -> None:
-    """Replace an object and make the receipt of unit 1 agree with it."""
-    store.folder.put(path, [data])
-    receipt = store.receipt(store.units[1])
-    assert receipt is not None
-    objects = tuple(
-        o.model_copy(update={"crc32c": crc32c([data])}) if o.path == path else o
-        for o in receipt.objects
-    )
-    receipt = receipt.model_copy(update={"objects": objects})
-    store.folder.put(receipt_path(store.units[1]), [receipt.to_json()])
-
-
-def test_deep_verify_looks_behind_the_checksums(tmp_path: Path) -> None:
-    store = make_store(str(tmp_path))
-    fill(store, [5])
-    path = "tokens/c/1/0/0/0"
-    shard = bytearray(store.folder.get(path))
-    wrong_index = shard.copy()
-    wrong_index[-20] ^= 1
-    resign(store, path, bytes(wrong_index))
-    assert [p.what for p in store.verify(deep=True)] == [
-        "the shard index is not the one of this layout"
-    ]
-    nan = shard.copy()
-    nan[60 * 2 : 60 * 2 + 4] = struct.pack("<f", np.nan)
-    resign(store, path, bytes(nan))
-    assert [p.what for p in store.verify(deep=True)] == ["valid row 6 is not finite"]
-    resign(store, path, bytes(shard))
-    resign(store, "valid/c/1", b"\1\1\1\1")
-    assert [p.what for p in store.verify(deep=True)] == [
-        "does not match the receipt's invalid rows"
-    ]
-
-
-def test_receipts_that_list_other_objects_are_found(tmp_path: Path) -> None:
-    store = make_store(str(tmp_path))
-    fill(store)
-    receipt = store.receipt(store.units[1])
-    assert receipt is not None
-    fewer = receipt.model_copy(update={"objects": receipt.objects[1:]})
-    store.folder.put(R1, [fewer.to_json()])
-    assert ["too many or too few" in p.what for p in store.verify()] == [True]
-
-
-def test_a_seal_that_does_not_match_is_found(tmp_path: Path) -> None:
-    store = make_store(str(tmp_path))
-    fill(store)
-    store.seal()
-    assert store.verify() == []
-    sealed = bytes(store.folder.get("sealed.json"))
-    for path, data in [("samples.parquet", b"PAR1"), ("sealed.json", b"{}"), ("sealed.json", b"{")]:
-        kept = bytes(store.folder.get(path))
-        store.folder.put(path, [data])
-        assert [p.object for p in store.verify()] == ["sealed.json"]
-        store.folder.put(path, [kept])
-    store.seal()
-    assert bytes(store.folder.get("sealed.json")) == sealed
-    store.folder.delete("samples.parquet")
-    assert [p.object for p in store.verify()] == ["samples.parquet"]
 
 
 def test_the_seal_names_the_content_however_it_was_computed(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from pydantic import ValidationError
 
 from drl_data.datasets import FeatureDataset, FeatureStream
 from drl_data.errors import FeatureError, TapError
-from drl_data.extract import noise_keys
 from drl_data.images import ImageBatch, decode_image, decode_views
 from drl_data.noise import draw_normal
 from drl_data.pipeline import Pipeline
@@ -28,6 +27,7 @@ from drl_data.spec import CropViews, ImageSpec, PaddedCropViews
 from drl_data.store import FeatureStore
 from drl_data.testing import write_photo_tars
 from drl_data.tiny_models import save_tiny_ddpm
+from drl_data.unit_features import noise_keys
 from drl_data.views import crop_box, padded_crop, seeded_crop
 
 from .stores import RUN, invalid_row, make_array, make_store, reference

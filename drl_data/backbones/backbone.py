@@ -110,6 +110,12 @@ class Conditioning:
         """Bytes of all tensors."""
         return sum(v.nbytes for v in self.kwargs.values())
 
+    def rows(self, start: int, stop: int) -> Conditioning:
+        """That of samples `start` to `stop` (exclusive) of the batch; texts keep their padding."""
+        return Conditioning(
+            {k: v if len(v) == 1 else v[start:stop] for k, v in self.kwargs.items()}
+        )
+
     def expand(self, n: int) -> dict[str, Tensor]:
         """Arguments for `n` samples; one conditioning for all is not copied."""
         return {k: v.expand(n, *v.shape[1:]) for k, v in self.kwargs.items()}

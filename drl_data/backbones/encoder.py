@@ -149,7 +149,11 @@ def _configured(folder: ModelFolder) -> PretrainedConfig:
     """The model's configuration; of a model with a vision tower (CLIP, SigLIP), the tower's."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder.root, local_files_only=True)
+    with weights_errors(folder, folder.root):
+        # Without the last one, transformers would ask the terminal whether to run a model's code.
+        config = AutoConfig.from_pretrained(
+            folder.root, local_files_only=True, trust_remote_code=False
+        )
     if "vision_config" in config.to_dict():
         config = config.vision_config
     if config.model_type == "vit_mae":
@@ -166,7 +170,7 @@ def _projection_dim(folder: ModelFolder) -> int | None:
         return None
     from transformers import AutoConfig
 
-    loaded = AutoConfig.from_pretrained(folder.root, local_files_only=True)
+    loaded = AutoConfig.from_pretrained(folder.root, local_files_only=True, trust_remote_code=False)
     return int(loaded.projection_dim)
 
 
@@ -218,6 +222,7 @@ def _pretrained(
             variant=folder.spec.variant,
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
     finally:

@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from drl_data.datasets import FeatureBatch, FeatureStream
-from drl_data.errors import SpecError
+from drl_data.errors import SpecError, redacted
 from drl_data.intervals import mean_and_half
 from drl_data.pipeline import DistillSpec, Pipeline
 from drl_data.progress import SILENT, Progress
@@ -162,7 +162,7 @@ def run_distill(
     result = DistillResult(
         pipeline=pipeline.name,
         spec=spec,
-        store=store.url,
+        store=redacted(store.url),
         fingerprint=store.fingerprint,
         n_parameters=student.n_parameters,
         enlarge=student.enlarge,

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from drl_data.errors import SpecError
+from drl_data.errors import SpecError, redacted
 from drl_data.intervals import t_interval, wilson_interval
 from drl_data.linear_probes import PIXELS_KEY, LinearProbes, PooledFeatures, ProbeSplit
 from drl_data.pipeline import Pipeline, ProbeSpec
@@ -229,7 +229,7 @@ def _sources(
     times = [when.requested for when in store.times]
     own = ProbeSource(
         label=label,
-        store=store.url,
+        store=redacted(store.url),
         fingerprint=store.fingerprint,
         cells=tuple(cell for a in store.features for cell in cells(a.name, times)),
         **counts,

@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from drl_data.datasets import read_features
+from drl_data.errors import redacted
 from drl_data.moments import Moments
 from drl_data.pipeline import Pipeline, StatsSpec
 from drl_data.plan import Unit
@@ -121,7 +122,7 @@ def run_stats(
     result = StatsResult(
         pipeline=pipeline.name,
         spec=spec,
-        store=store.url,
+        store=redacted(store.url),
         fingerprint=store.fingerprint,
         n_samples=len(rows),
         cells=tuple(cells),
