@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from drl_data.backbones import Backbone, ModelFolder, load_backbone
-    from drl_data.datasets import FeatureDataset, FeatureStream
+    from drl_data.datasets import (
+        Augment,
+        Draw,
+        FeatureBatch,
+        FeatureDataset,
+        FeatureStream,
+        JoinedStores,
+        join,
+    )
     from drl_data.errors import DrlDataError, UserError
     from drl_data.executors import Workers, run_local, run_process, run_ray
     from drl_data.extract import ExtractTask, make_task
@@ -25,13 +33,17 @@ if TYPE_CHECKING:
     from drl_data.store import FeatureStore
 
 _HOME = {
+    "Augment": "datasets",
     "Backbone": "backbones",
+    "Draw": "datasets",
     "DrlDataError": "errors",
     "ExtractTask": "extract",
+    "FeatureBatch": "datasets",
     "FeatureDataset": "datasets",
     "FeatureSpec": "spec",
     "FeatureStore": "store",
     "FeatureStream": "datasets",
+    "JoinedStores": "datasets",
     "Limits": "leases",
     "ModelFolder": "backbones",
     "Outcome": "leases",
@@ -45,6 +57,7 @@ _HOME = {
     "estimate": "plan",
     "extract": "runs",
     "extract_all": "runs",
+    "join": "datasets",
     "load_backbone": "backbones",
     "make_task": "extract",
     "pixel_map": "fitting",
@@ -56,13 +69,17 @@ _HOME = {
 }
 
 __all__ = [
+    "Augment",
     "Backbone",
+    "Draw",
     "DrlDataError",
     "ExtractTask",
+    "FeatureBatch",
     "FeatureDataset",
     "FeatureSpec",
     "FeatureStore",
     "FeatureStream",
+    "JoinedStores",
     "Limits",
     "ModelFolder",
     "Outcome",
@@ -76,6 +93,7 @@ __all__ = [
     "estimate",
     "extract",
     "extract_all",
+    "join",
     "load_backbone",
     "make_task",
     "pixel_map",

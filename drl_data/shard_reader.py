@@ -66,7 +66,7 @@ class ShardReader:
     def read_unit(self, name: str, cell: int, unit: Unit) -> Array:
         """Features [unit.n_rows, *shape]: see `FeatureStore.read_unit`."""
         if self._local:
-            mapped = self._map(name, cell, unit)
+            mapped = self._map(name, cell, unit, whole=True)
             if mapped is not None:
                 return mapped
         path = self._path(name, cell, unit)
@@ -115,14 +115,15 @@ class ShardReader:
         cuts = np.flatnonzero(new_unit | (np.diff(ordered) > max_gap_rows + 1)) + 1
         return [slice(a, b) for a, b in itertools.pairwise([0, *cuts.tolist(), len(ordered)])]
 
-    def _map(self, name: str, cell: int, unit: Unit) -> Array | None:
-        """A read-only memory map of the rows; None if the shard is laid out otherwise."""
+    def _map(self, name: str, cell: int, unit: Unit, *, whole: bool = False) -> Array | None:
+        """A read-only memory map of the rows; None if the shard is laid out otherwise. With `whole`
+        the bytes are read now, in order, and not page by page when they are looked at."""
         path = self._path(name, cell, unit)
         local = self._folder.local_path(path)
         assert local is not None
         layout = self._layouts[name]
         with _Pending(self._folder, path, unit):
-            data = _map_file(local, layout.shard_bytes(unit.n_rows))
+            data = _map_file(local, layout.shard_bytes(unit.n_rows), whole=whole)
         return None if data is None else layout.rows(data, unit.n_rows)
 
     def _check(self, name: str, cell: int, unit: Unit) -> None:
@@ -203,14 +204,18 @@ class _Pending:
             ) from error
 
 
-def _map_file(path: Path, n_bytes: int) -> Array | None:
+_POPULATE: int = getattr(mmap, "MAP_POPULATE", 0)  # Linux has it
+
+
+def _map_file(path: Path, n_bytes: int, *, whole: bool) -> Array | None:
     """The file as read-only uint8; None if it does not have `n_bytes` bytes."""
     try:
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size != n_bytes:
                 return None
+            flags = mmap.MAP_SHARED | (_POPULATE if whole else 0)
             return np.frombuffer(
-                mmap.mmap(file.fileno(), n_bytes, access=mmap.ACCESS_READ), np.uint8
+                mmap.mmap(file.fileno(), n_bytes, flags=flags, prot=mmap.PROT_READ), np.uint8
             )
     except FileNotFoundError as error:
         raise ObjectNotFoundError(f"{path}: no such file") from error

@@ -6,19 +6,16 @@ import itertools
 import json
 import pickle
 import threading
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from drl_data.datasets import FeatureBatch, FeatureDataset, FeatureSample, FeatureStream, as_tensor
-from drl_data.epochs import EpochPlan, plan_epoch
-from drl_data.errors import ForkError, InputError, SpecError, StoreError, TapError
+from drl_data.errors import InputError, SpecError, StoreError, TapError
 from drl_data.images import decode_image
 from drl_data.index import SampleIndex, build_index
 from drl_data.selection import NO_LABEL
@@ -28,6 +25,7 @@ from drl_data.spec import DatasetSpec, ImageSpec
 from drl_data.spec_base import StorageDType
 from drl_data.store import FeatureStore
 
+from .loader_helpers import rows_of, with_workers
 from .stores import (
     ARRAYS,
     RUN,
@@ -46,16 +44,6 @@ INVALID = (2, 9, 17, 18, 19)
 SPLITS = {"train": 21, "test": 10}
 
 
-def with_workers(test: Callable[..., None]) -> Callable[..., None]:
-    """Torch warns about forks beside threads, and about more workers than cores."""
-    for message in (
-        "ignore:.*multi-threaded, use of fork:DeprecationWarning",
-        "ignore:This DataLoader will create:UserWarning",
-    ):
-        test = pytest.mark.filterwarnings(message)(test)
-    return test
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
     """31 rows in units of 4, five of them invalid, one unit (16..20) with one valid row."""
@@ -68,14 +56,10 @@ def valid(start: int = 0, stop: int = 31) -> list[int]:
     return [row for row in range(start, stop) if row not in INVALID]
 
 
-def rows_of(batches: list[FeatureBatch]) -> list[int]:
-    return [int(row) for batch in batches for row in batch.row]
-
-
 def check_batch(store: FeatureStore, batch: FeatureBatch) -> None:
     """Every value of a batch belongs to the row that the batch says."""
     rows = batch.row.tolist()
-    assert batch.key == [f"key-{row:05d}" for row in rows]
+    assert list(batch.key) == [f"key-{row:05d}" for row in rows]
     assert batch.label.tolist() == [NO_LABEL if row % 5 == 4 else row % 3 for row in rows]
     assert batch.label.dtype == batch.row.dtype == torch.int64
     for name, values in batch.features.items():
@@ -88,84 +72,7 @@ def check_batch(store: FeatureStore, batch: FeatureBatch) -> None:
         assert got.tobytes() == np.ascontiguousarray(want).tobytes()
 
 
-# --- the order, as a value -----------------------------------------------------------------------
-
-
-@settings(deadline=None, max_examples=150)
-@given(
-    rows=st.lists(st.integers(0, 200), min_size=1, max_size=80, unique=True).map(sorted),
-    rows_per_unit=st.integers(1, 30),
-    batch_size=st.integers(1, 20),
-    buffer_rows=st.integers(1, 60),
-    world_size=st.integers(1, 5),
-    n_workers=st.integers(1, 4),
-    shuffle=st.booleans(),
-    drop_last=st.booleans(),
-    epoch=st.integers(0, 3),
-    first=st.integers(0, 4),
-)
-def test_every_row_exactly_once(
-    rows: list[int],
-    rows_per_unit: int,
-    batch_size: int,
-    buffer_rows: int,
-    world_size: int,
-    n_workers: int,
-    shuffle: bool,
-    drop_last: bool,
-    epoch: int,
-    first: int,
-) -> None:
-    plans = [
-        plan_epoch(
-            np.array(rows),
-            rows_per_unit,
-            batch_size=batch_size,
-            shuffle=shuffle,
-            seed=7,
-            epoch=epoch,
-            buffer_rows=buffer_rows,
-            drop_last=drop_last,
-            rank=rank,
-            world_size=world_size,
-        )
-        for rank in range(world_size)
-    ]
-    given_out = [int(row) for plan in plans for row in plan.order]
-    assert len(set(given_out)) == len(given_out)
-    if drop_last:
-        whole = len(rows) // world_size // batch_size
-        assert [plan.n_batches for plan in plans] == [whole] * world_size
-        assert all(len(plan.order) == whole * batch_size for plan in plans)
-        assert set(given_out) <= set(rows)
-    else:
-        assert sorted(given_out) == rows
-        assert max(len(p.order) for p in plans) - min(len(p.order) for p in plans) <= 1
-    if not shuffle:
-        assert given_out == sorted(given_out)
-    for plan in plans:
-        check_plan(plan, rows_per_unit, buffer_rows)
-        in_turn = itertools.zip_longest(
-            *(plan.of_worker(first, worker, n_workers) for worker in range(n_workers))
-        )
-        batches = [batch for turn in in_turn for batch in turn if batch is not None]
-        assert batches == list(range(first, plan.n_batches))
-
-
-def check_plan(plan: EpochPlan, rows_per_unit: int, buffer_rows: int) -> None:
-    """Batches and windows tile the order; windows hold whole units and enough rows."""
-    places = np.arange(len(plan.order))
-    batches = [places[plan.batch_slice(batch)] for batch in range(plan.n_batches)]
-    windows = [places[plan.window_slice(window)] for window in range(plan.n_windows)]
-    for tiles in (batches, windows):
-        assert np.array_equal(np.concatenate([*tiles, places[:0]]), places)
-        assert all(len(tile) for tile in tiles)
-    units = [set((plan.order[window] // rows_per_unit).tolist()) for window in windows]
-    assert len(set().union(*units)) == sum(len(u) for u in units)
-    assert all(len(window) >= buffer_rows for window in windows[:-1])
-    for batch, where in enumerate(batches):
-        touched = [i for i, window in enumerate(windows) if set(where) & set(window)]
-        assert list(plan.windows_of(batch)) == touched
+# --- the stream ----------------------------------------------------------------------------------
 
 
 def test_the_order_depends_on_seed_and_epoch_only(store: FeatureStore) -> None:
@@ -177,9 +84,6 @@ def test_the_order_depends_on_seed_and_epoch_only(store: FeatureStore) -> None:
     assert order(0, 0) == order(0, 0)
     assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
     assert order(0, 1) != sorted(order(0, 1))
-
-
-# --- the stream ----------------------------------------------------------------------------------
 
 
 @with_workers
@@ -261,13 +165,16 @@ def test_a_stopped_epoch_continues(store: FeatureStore, n_workers: int, n_taken:
 
 def test_a_state_of_another_stream_is_refused(store: FeatureStore) -> None:
     state = FeatureStream(store, batch_size=5, seed=3).state_dict()
-    other = FeatureStream(store, batch_size=4, seed=3, split="test")
+    other = FeatureStream(store, batch_size=4, seed=4, split="test")
     with pytest.raises(SpecError) as error:
         other.load_state_dict(state)
-    assert "batch_size: 5 saved, 4 now" in str(error.value)
+    assert "seed: 3 saved, 4 now" in str(error.value)
     assert "rows: " in str(error.value)
-    with pytest.raises(SpecError, match="no epoch and batch"):
-        other.load_state_dict({**other.state_dict(), "batch": None})
+    assert "batch_size" not in str(error.value)
+    mine = other.state_dict()
+    for change in ({"batch": None}, {"epoch": "1"}, {"segments": 3}, {"dealing": None}):
+        with pytest.raises(SpecError, match="not a state that state_dict gave"):
+            other.load_state_dict({**mine, **change})
 
 
 @with_workers
@@ -333,7 +240,7 @@ def test_wrong_choices_are_refused(store: FeatureStore) -> None:
         FeatureDataset(store, ["up"])
     with pytest.raises(TapError, match="no timestep 11"):
         FeatureDataset(store, timesteps=[11])
-    with pytest.raises(SpecError, match=r"taps \[\], timesteps"):
+    with pytest.raises(SpecError, match=r"taps \[\]; want some"):
         FeatureDataset(store, [])
     with pytest.raises(SpecError, match=r"split='val'.*splits are \['test', 'train'\], 26 rows"):
         FeatureDataset(store, split="val")
@@ -378,9 +285,9 @@ def test_a_loader_collates_items(store: FeatureStore, n_workers: int) -> None:
         dataset, batch_size=7, shuffle=True, generator=generator, num_workers=n_workers
     )
     rows = []
-    for features, label, key, row in loader:
-        check_batch(store, FeatureBatch(features, label, list(key), row, None))
-        rows.extend(row.tolist())
+    for batch in loader:
+        check_batch(store, batch)
+        rows.extend(batch.row.tolist())
     assert sorted(rows) == valid()
     assert rows != valid()
 
@@ -449,6 +356,9 @@ def test_images_that_no_longer_decode_are_an_error(tmp_path: Path) -> None:
         list(stream)
     with pytest.raises(InputError, match="has 9 samples, the store"):
         FeatureStream(store, batch_size=4, images=(make_index(9), spec))
+    turned = replace(index, table=index.table.take(list(range(7, -1, -1))))
+    with pytest.raises(InputError, match="other samples, or in another order"):
+        FeatureStream(store, batch_size=4, images=(turned, spec))
 
 
 # --- object storage ------------------------------------------------------------------------------
@@ -465,28 +375,6 @@ def test_a_stream_from_object_storage(folder_url: str) -> None:
         check_batch(store, batch)
 
 
-@with_workers
-@pytest.mark.s3
-def test_forked_workers_on_object_storage_fail_at_once(s3_url: str) -> None:
-    store = make_store(f"{s3_url}/s")
-    fill(store)
-    stream = FeatureStream(store, batch_size=5)
-    loader = DataLoader(stream, batch_size=None, num_workers=1, timeout=30)
-    with pytest.raises(ForkError, match="did not survive the fork"):
-        next(iter(loader))
-
-
-@pytest.mark.s3
-def test_spawned_workers_read_object_storage(s3_url: str) -> None:
-    store = make_store(f"{s3_url}/s")
-    fill(store)
-    stream = FeatureStream(store, ["up.1"], batch_size=5)
-    loader = DataLoader(
-        stream, batch_size=None, num_workers=1, multiprocessing_context="spawn", timeout=60
-    )
-    assert rows_of(list(loader)) == stream.plan().order.tolist()
-
-
 def test_a_dataset_pickles_small(store: FeatureStore) -> None:
     dataset = FeatureDataset(store)
     again = pickle.loads(pickle.dumps(dataset))
@@ -498,5 +386,7 @@ def test_large_default_buffers_follow_the_row_size(tmp_path: Path) -> None:
     store = make_store(str(tmp_path), arrays=(make_array("a", (64, 64, 64), "float32"),))
     fill(store)
     stream = FeatureStream(store, batch_size=2)
-    assert stream.buffer_rows == (256 << 20) // (2 * 4 * 64**3)
-    assert FeatureStream(store, batch_size=100).buffer_rows == 400
+    assert stream.dealing.buffer_rows == ((256 << 20) // (2 * 4 * 64**3),)
+    assert FeatureStream(store, batch_size=100).dealing.buffer_rows == (400,)
+    small = FeatureStream(store, batch_size=2, buffer_bytes=16 * 2 * 4 * 64**3)
+    assert small.dealing.buffer_rows == (16,)
