@@ -319,6 +319,43 @@ def stats(file: PipelineFile, device: Device = None, store: OverrideStore = None
 
 
 @app.command()
+def cluster(file: PipelineFile, device: Device = None, store: OverrideStore = None) -> None:
+    """k-means on one tap and timestep: clusters of every row as Parquet, for several k at once."""
+    from drl_data.progress import console_progress
+    from drl_data.tasks.cluster import format_table, run_cluster
+
+    out.print(format_table(run_cluster(_load(file, None, store), device=device,
+                                       progress=console_progress())))  # fmt: skip
+
+
+@app.command()
+def retrieve(
+    file: PipelineFile,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Ask with an image file; repeatable.")
+    ] = None,
+    row: Annotated[
+        list[int] | None, typer.Option(min=0, help="Ask with a row of the store; repeatable.")
+    ] = None,
+    k: Annotated[int | None, typer.Option("-k", min=1, help="Neighbours of these.")] = None,
+    device: Device = None,
+    store: OverrideStore = None,
+) -> None:
+    """Nearest neighbours of every row as Parquet; or of some images or rows, printed."""
+    from drl_data.progress import console_progress
+    from drl_data.tasks.retrieve import format_answers, format_table, query, run_retrieve
+
+    pipeline = _load(file, None, store)
+    if image or row:
+        out.print(format_answers(query(pipeline, images=image or (), rows=row or (), k=k,
+                                       device=device)))  # fmt: skip
+        return
+    if k is not None:
+        raise SpecError("drl retrieve: -k is for --image and --row; the table has `retrieve.k`")
+    out.print(format_table(run_retrieve(pipeline, device=device, progress=console_progress())))
+
+
+@app.command()
 def distill(file: PipelineFile, device: Device = None, store: OverrideStore = None) -> None:
     """Train a student on stored features, then on few labels, against one from scratch."""
     from drl_data.progress import console_progress

@@ -20,8 +20,8 @@ from torch import Tensor
 from drl_data.datasets import FeatureStream
 from drl_data.errors import SpecError
 from drl_data.pipeline import ProbeSpec
+from drl_data.pooling import n_pooled, pooled
 from drl_data.selection import Rows, select
-from drl_data.spec import ArraySpec
 from drl_data.splits import is_validation, require_two_splits
 from drl_data.store import FeatureStore
 
@@ -35,8 +35,6 @@ READ_BATCH = 256
 
 PIXELS_KEY = "__pixels__"
 """Stands beside the names of arrays, none of which may begin so."""
-
-SPACE = ("height", "width")
 
 Features = Mapping[str, Tensor]
 """Pooled features of a batch: {tap: float32 [b, t, c]}."""
@@ -103,7 +101,7 @@ class PooledFeatures:
         self._pixels = pixels
         self.split = split
         self.train_split, self.test_split = spec.train, spec.test
-        self.shapes = {a.name: (len(store.times), _n_pooled(a, spec.pool)) for a in store.features}
+        self.shapes = {a.name: (len(store.times), n_pooled(a, spec.pool)) for a in store.features}
         if pixels:
             images = store.spec.images
             sides = [min(side, MAX_PIXEL_SIDE) for side in images.size]
@@ -152,33 +150,10 @@ class PooledFeatures:
             stream.set_epoch(epoch)
         dims = {a.name: a.dims for a in self._store.features}
         for batch in stream:
-            x = {
-                name: _pooled(f, dims[name], self._spec.pool) for name, f in batch.features.items()
-            }
+            x = {name: pooled(f, dims[name], self._spec.pool) for name, f in batch.features.items()}
             if batch.pixels is not None:
                 x[PIXELS_KEY] = _flat_pixels(batch.pixels)
             yield batch.row.numpy(), x
-
-
-def _n_pooled(array: ArraySpec, pool: int) -> int:
-    """Numbers that are left of one row."""
-    n_channels = array.shape[array.channel_axis]
-    sides = [side for side, name in zip(array.shape, array.dims, strict=True) if name in SPACE]
-    return n_channels * math.prod(min(side, pool) for side in sides)
-
-
-def _pooled(x: Tensor, dims: Sequence[str], pool: int) -> Tensor:
-    """[b, t, *dims] to float32 [b, t, c]; of a map [b, t, c * pool * pool], the mean of a video's
-    frames."""
-    if "frame" in dims:
-        x, dims = x.float().mean(dims.index("frame") + 2), [d for d in dims if d != "frame"]
-    if "token" in dims:
-        return x.float().mean(dims.index("token") + 2)
-    if tuple(dims[-2:]) != SPACE:
-        return x.float()
-    height, width = (min(side, pool) for side in x.shape[-2:])
-    grid = F.adaptive_avg_pool2d(x.flatten(0, 1).float(), (height, width))
-    return grid.reshape(*x.shape[:2], -1)
 
 
 def _flat_pixels(pixels: Tensor) -> Tensor:

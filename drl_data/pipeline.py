@@ -34,6 +34,7 @@ from drl_data.diffusion_spec import (
     ScheduleSpec,
 )
 from drl_data.errors import SpecError
+from drl_data.job_specs import ClusterSpec, RetrieveSpec
 from drl_data.spec import (
     BackboneSpec,
     BucketSpec,
@@ -221,6 +222,8 @@ class Pipeline(Spec):
     """Folder for what tasks find and for the report."""
     probe: ProbeSpec | None = None
     stats: StatsSpec | None = None
+    cluster: ClusterSpec | None = None
+    retrieve: RetrieveSpec | None = None
     distill: DistillSpec | None = None
     pretrain: PretrainSpec | None = None
     tiny: TinySpec | None = None

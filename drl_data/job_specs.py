@@ -1,0 +1,93 @@
+"""Sections of a pipeline file for the jobs on vectors: cluster, retrieve.
+
+Each job takes one cell of a store, a (tap, timestep, view), as one vector for each image.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from drl_data.spec_base import Positive, Spec, Timestep, as_tuple
+
+PositiveTuple = Annotated[tuple[Positive, ...], BeforeValidator(as_tuple), Field(min_length=1)]
+
+
+class CellSpec(Spec):
+    """One cell of a store as vectors: maps and tokens are averaged, or kept as a small grid."""
+
+    tap: str
+    timestep: Timestep | None = None
+    """Not needed where the tap does not depend on it, or the store has one timestep."""
+    view: str | None = None
+    """One of the store's views; default: the first."""
+    pool: Positive = 1
+    """Side of the grid that maps are averaged to; 1 is the mean over space. Tokens are averaged."""
+
+
+class ClusterSpec(CellSpec):
+    """k-means on the vectors of one cell; the clusters are pseudo-labels.
+
+    Self-guided diffusion (Hu et al. 2023) has `normalise: l2`, `k: 5000`, `iterations: 30`,
+    `min_points: 200`.
+    """
+
+    k: PositiveTuple = (10,)
+    """Numbers of clusters; each is a clustering of its own."""
+    split: str | None = None
+    """Rows that make the centroids; all valid rows are then assigned. Default: all of them."""
+    normalise: Literal["l2", "none"] = "l2"
+    """`l2`: vectors of unit length, so that distances are those of directions."""
+    init: Literal["k-means++", "random"] = "k-means++"
+    n_init: Positive = 1
+    """Runs from different beginnings; the one of the least inertia is kept."""
+    iterations: Positive = 30
+    tolerance: Annotated[float, Field(ge=0)] = 1e-4
+    """Ends when the centroids move less: squared, of the mean variance of a channel."""
+    min_points: Positive = 1
+    """Rows for each centroid that there must be at least, on the average (faiss's
+    `min_points_per_centroid`)."""
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _k_once(self) -> ClusterSpec:
+        if len(set(self.k)) < len(self.k):
+            raise ValueError(f"k {list(self.k)}: want each number once")
+        return self
+
+
+class IndexSpec(Spec):
+    """How neighbours are found: exactly, or faster by an index of faiss."""
+
+    kind: Literal["exact", "ivf", "hnsw"] = "exact"
+    lists: Positive | None = None
+    """ivf: cells of the space; default: 4 times the root of the number of vectors."""
+    probes: Positive = 16
+    """ivf: cells that a query looks into."""
+    links: Positive = 32
+    """hnsw: neighbours of a node in the graph."""
+    ef_construction: Positive = 200
+    ef_search: Positive = 64
+    """hnsw: breadth of the search when building, and when asking."""
+
+
+def _as_index(value: object) -> object:
+    return {"kind": value} if isinstance(value, str) else value
+
+
+class RetrieveSpec(CellSpec):
+    """The k nearest neighbours of every row by one cell (kNN-Diffusion, RDM: k = 20)."""
+
+    k: Positive = 20
+    metric: Literal["cosine", "l2"] = "cosine"
+    """Distances are 1 - cosine, or Euclidean."""
+    split: str | None = None
+    """Rows that are retrieved; default: all valid ones."""
+    queries: str | None = None
+    """Split whose rows ask; default: the rows that are retrieved, each without itself."""
+    index: Annotated[IndexSpec, BeforeValidator(_as_index)] = IndexSpec()
+    """`exact`, `ivf` or `hnsw`, or its settings."""
+    recall_queries: Positive = 1000
+    """Queries, evenly spaced, on which an approximate index is held against the exact answer."""
+    seed: int = 0
