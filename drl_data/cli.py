@@ -299,13 +299,28 @@ def pretrain(file: PipelineFile, device: Device = None, tars: OverrideTars = Non
 
 
 @app.command()
-def probe(file: PipelineFile, device: Device = None, store: OverrideStore = None) -> None:
+def probe(
+    file: PipelineFile,
+    sweep: Annotated[
+        int | None,
+        typer.Option(min=2, help="Rank taps and timesteps on about N images, extracted apart."),
+    ] = None,
+    device: Device = None,
+    store: OverrideStore = None,
+) -> None:
     """Linear probes of every tap and timestep, trained together in one pass."""
     from drl_data.progress import console_progress
-    from drl_data.tasks.probe import format_table, run_probe
+    from drl_data.tasks.probe import format_ranking, format_table, run_probe
 
-    out.print(format_table(run_probe(_load(file, None, store), device=device,
-                                     progress=console_progress())))  # fmt: skip
+    pipeline = _load(file, None, store)
+    if sweep is None:
+        out.print(format_table(run_probe(pipeline, device=device, progress=console_progress())))
+        return
+    from drl_data.tasks.sweep import run_sweep
+
+    result = run_sweep(pipeline, sweep, device=device, progress=console_progress())
+    out.print(format_ranking(result))
+    out.print(format_table(result))
 
 
 @app.command()

@@ -1,6 +1,7 @@
-"""Sections of a pipeline file for the jobs on vectors: cluster, retrieve.
+"""Sections of a pipeline file for the jobs on vectors: probe, cluster, retrieve.
 
-Each job takes one cell of a store, a (tap, timestep, view), as one vector for each image.
+The last two take one cell of a store, a (tap, timestep, view), as one vector for
+each image.
 """
 
 from __future__ import annotations
@@ -12,6 +13,46 @@ from pydantic import BeforeValidator, Field, model_validator
 from drl_data.spec_base import Positive, Spec, Timestep, as_tuple
 
 PositiveTuple = Annotated[tuple[Positive, ...], BeforeValidator(as_tuple), Field(min_length=1)]
+
+
+FloatTuple = Annotated[tuple[float, ...], BeforeValidator(as_tuple)]
+
+
+class KnnSpec(Spec):
+    """A weighted vote of the k nearest train rows by cosine, as DINO evaluates (Caron et al. 2021):
+    a neighbour's weight is exp(cosine / temperature)."""
+
+    k: PositiveTuple = (10, 20, 100, 200)
+    """The best on the validation part is taken; more than there are train rows means all."""
+    temperature: Annotated[float, Field(gt=0)] = 0.07
+
+
+class ProbeSpec(Spec):
+    """Linear probes for every (tap, timestep) cell, trained together in one pass.
+
+    The best cell is chosen on a validation part of the train split (rows whose key hashes below
+    `validation`), its accuracy is reported on the test split, which is used for nothing else.
+    """
+
+    train: str = "train"
+    test: str = "test"
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    seeds: tuple[int, ...] = (0, 1, 2)
+    epochs: Annotated[int, Field(ge=1)] = 60
+    batch_size: Annotated[int, Field(ge=1)] = 256
+    learning_rate: Annotated[FloatTuple, Field(min_length=1)] = (1e-2,)
+    weight_decay: Annotated[FloatTuple, Field(min_length=1)] = (1e-3,)
+    """One value or several: all pairs are trained at once, and each cell has that which is best
+    on its validation part."""
+    pool: Annotated[int, Field(ge=1)] = 1
+    """Side of the grid that maps are averaged to before the classifier: 1 is the mean over space,
+    2 is what "Diffusion models beat GANs on image classification" uses. A smaller map stays."""
+    knn: KnnSpec | None = None
+    """Also ask the nearest neighbours of each cell: `knn: {}` takes the defaults."""
+    pixels: bool = True
+    """Also probe the raw pixels, the floor that features must beat."""
+    compare: dict[str, str] = {}
+    """Other pipeline files whose stores are probed beside this one: {label: path}."""
 
 
 class CellSpec(Spec):

@@ -119,7 +119,8 @@ def _doubt(queries: Tensor, largest: float) -> Tensor:
     n_channels = queries.shape[1]
     unit = torch.finfo(torch.float32).eps / 2
     lengths = torch.linalg.vector_norm(queries, dim=1)
-    return 2 * (n_channels + 8) * unit * (lengths + largest).square()
+    doubt: Tensor = 2 * (n_channels + 8) * unit * (lengths + largest).square()
+    return doubt
 
 
 def _candidates(

@@ -136,6 +136,22 @@ def test_a_cluster_that_loses_its_rows_begins_anew(monkeypatch: pytest.MonkeyPat
     assert int(found.sizes.min()) > 0
 
 
+def test_a_row_alone_is_not_taken_from_its_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The farthest row of all is the only one of its cluster; another one begins the empty one."""
+    x = torch.tensor([[0.0], [1.0], [2.5], [100.0]])
+    start = torch.tensor([[1.0], [50.0], [1e6]]) - x.mean()
+    monkeypatch.setattr(kmeans_module, "_beginning", lambda *_: start)
+    found = kmeans(x, 3, iterations=1)
+    assert found.n_relocated == 1
+    assert sorted(found.sizes.tolist()) == [1, 1, 2]
+
+
+def test_equal_rows_begin_no_second_cluster() -> None:
+    found = kmeans(torch.ones(5, 2), 3)
+    assert (found.n_relocated, found.inertia) == (0, 0)
+    assert sorted(found.sizes.tolist()) == [0, 0, 5]
+
+
 def test_small_blocks_change_little(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.from_numpy(unit_length(DIGITS).astype(np.float32))
     whole = kmeans(x, 10)

@@ -13,12 +13,17 @@ from rich.console import Console
 from scipy import stats
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from typer.testing import CliRunner
 
 from drl_data import linear_probes
+from drl_data.cli import app
 from drl_data.errors import InputError, SpecError, UserError
 from drl_data.intervals import t_interval, wilson_interval
-from drl_data.linear_probes import LinearProbes, PooledFeatures, ProbeSplit
-from drl_data.pipeline import Pipeline, ProbeSpec, StoreSpec
+from drl_data.job_specs import KnnSpec, ProbeSpec
+from drl_data.linear_probes import HeadwiseAdamW, LinearProbes, PooledFeatures, ProbeSplit
+from drl_data.pipeline import Pipeline, StoreSpec
+from drl_data.recipes import find_recipe
 from drl_data.shards import Array
 from drl_data.splits import is_validation
 from drl_data.store import FeatureStore
@@ -29,6 +34,7 @@ from drl_data.tasks.probe import (
     format_table,
     run_probe,
 )
+from drl_data.tasks.sweep import some_samples
 from drl_data.threads import one_thread
 from tests.task_stores import N_CLASSES, digits_index, noise, pipeline_of, store_of, toy_index
 
@@ -36,7 +42,7 @@ N_TRAIN, N_TEST = 600, 200
 N = N_TRAIN + N_TEST
 LABELS = np.random.default_rng(1).integers(0, N_CLASSES, N)
 SPLITS = ["train"] * N_TRAIN + ["test"] * N_TEST
-QUICK = ProbeSpec(epochs=15, seeds=(0, 1), pixels=False, learning_rate=0.05)
+QUICK = ProbeSpec(epochs=15, seeds=(0, 1), pixels=False, learning_rate=(0.05,))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -160,11 +166,157 @@ def test_cells_together_learn_what_a_cell_learns_alone(
 def trained(store: FeatureStore, spec: ProbeSpec = QUICK) -> tuple[LinearProbes, PooledFeatures]:
     split = ProbeSplit.of(store, spec)
     data = PooledFeatures(store, spec, split, pixels=False)
-    probes = LinearProbes(data.shapes, split.n_classes, spec.seeds)
+    n_settings = len(spec.learning_rate) * len(spec.weight_decay)
+    probes = LinearProbes(data.shapes, split.n_classes, spec.seeds, n_settings=n_settings)
     probes.standardise(data)
     for _ in probes.train(data, spec):
         pass
     return probes, data
+
+
+def test_settings_together_learn_what_each_learns_alone(
+    toy: tuple[FeatureStore, ProbeResult, Path], tmp_path: Path
+) -> None:
+    """Four pairs at once; a cell reports the pair that is best on validation."""
+    store, _, _ = toy
+    rates, decays = (1e-4, 0.05), (0.0, 5.0)
+    many = QUICK.model_copy(update={"learning_rate": rates, "weight_decay": decays})
+    together = trained(store, many)[0]
+    alone = []
+    for i, (rate, decay) in enumerate((r, d) for r in rates for d in decays):
+        one = QUICK.model_copy(update={"learning_rate": (rate,), "weight_decay": (decay,)})
+        heads = slice(2 * i, 2 * i + 2)
+        weights = trained(store, one)[0]
+        for name, weight in weights.weight.items():
+            torch.testing.assert_close(
+                together.weight[name][:, :, heads], weight, rtol=1e-4, atol=1e-6
+            )
+        alone.append((rate, decay, cell(run_probe(pipeline(store, tmp_path, one)), "good", 11)))
+    best = max(alone, key=lambda found: found[2].rank())
+    found = cell(run_probe(pipeline(store, tmp_path, many)), "good", 11)
+    assert (found.learning_rate, found.weight_decay) == best[:2]
+    assert found.validation == best[2].validation
+    assert best[0] == 0.05  # the other rate is too low to learn in 15 epochs
+    assert min(one[2].mean_validation for one in alone) < 0.97
+
+
+def test_adamw_is_torchs() -> None:
+    weight, bias = torch.randn(2, 5, 3, 4), torch.randn(2, 3, 4)
+    mine = [weight.clone().requires_grad_(), bias.clone().requires_grad_()]
+    theirs = [weight.clone().requires_grad_(), bias.clone().requires_grad_()]
+    decay = torch.full((3, 1), 0.1)
+    one = HeadwiseAdamW([(mine[0], decay), (mine[1], torch.zeros(3, 1))], torch.full((3, 1), 0.01))
+    groups = [{"params": theirs[:1]}, {"params": theirs[1:], "weight_decay": 0.0}]
+    two = torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1)
+    for factor in (1.0, 0.5, 0.25):
+        for weights in (mine, theirs):
+            sum((w * w.detach().cos()).sum() for w in weights).backward()
+        for group in two.param_groups:
+            group["lr"] = 0.01 * factor
+        one.step(factor)
+        two.step()
+        two.zero_grad()
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_a_rate_that_diverges_is_not_chosen(
+    toy: tuple[FeatureStore, ProbeResult, Path], tmp_path: Path
+) -> None:
+    store, _, _ = toy
+    spec = QUICK.model_copy(update={"learning_rate": (1e38, 0.05)})
+    result = run_probe(pipeline(store, tmp_path, spec))
+    for tap, timestep in (("good", 11), ("map", 10)):
+        assert cell(result, tap, timestep).learning_rate == 0.05
+        assert cell(result, tap, timestep).mean_test > 0.99
+    only = QUICK.model_copy(update={"learning_rate": (1e38,)})
+    run_probe(pipeline(store, tmp_path, only))
+    ProbeResult.load(tmp_path / "probe.json")  # no NaN in JSON
+
+
+def knn_store(tmp_path: Path, labels: Array) -> tuple[FeatureStore, Array]:
+    images, _ = load_digits(return_X_y=True)
+    splits = np.where(np.arange(len(labels)) % 5 == 0, "test", "train")
+    x = images.astype(np.float32)[None, :, None, None].repeat(2, 0).reshape(2, -1, 64, 1, 1)
+    store = store_of(tmp_path / "s", {"x": x}, toy_index(labels.tolist(), splits.tolist()))
+    return store, images
+
+
+def test_neighbours_vote_as_scikit_learns(tmp_path: Path) -> None:
+    """Weights exp(cosine / T) on real digits; the best k by validation, train rows alone vote."""
+    labels = load_digits(return_X_y=True)[1]
+    store, images = knn_store(tmp_path, labels)
+    spec = QUICK.model_copy(update={"epochs": 1, "knn": KnnSpec(k=(1, 20, 5000))})
+    (source,) = run_probe(pipeline(store, tmp_path, spec)).sources
+    assert [(c.tap, c.timestep) for c in source.knn] == [("x", 10), ("x", 11)]
+    split = ProbeSplit.of(store, spec)
+    x = images / np.linalg.norm(images, axis=1, keepdims=True)
+    want = {}
+    for k in (1, 20, len(split.train)):
+        peer = KNeighborsClassifier(
+            k, metric="cosine", algorithm="brute", weights=lambda d: np.exp(-d / 0.07)
+        ).fit(x[split.train], labels[split.train])
+        want[k] = [peer.score(x[rows], labels[rows]) for rows in (split.validation, split.test)]
+    best = max(want, key=lambda k: want[k][0])
+    found = source.best_knn
+    assert found is not None
+    assert found.k == best
+    assert (found.validation, found.test) == pytest.approx(want[best], abs=2e-3)
+    assert found.test > 0.97
+    assert found.test_top5 is not None
+    assert found.test < found.test_top5 <= 1
+    low, high = source.knn_interval
+    assert low < found.test < high
+    assert source.best.test_top5[0] > source.best.test[0]
+
+
+def test_neighbours_of_shuffled_labels_are_at_chance(tmp_path: Path) -> None:
+    labels = np.random.default_rng(3).permutation(load_digits(return_X_y=True)[1])
+    store, _ = knn_store(tmp_path, labels)
+    spec = QUICK.model_copy(update={"epochs": 3, "knn": KnnSpec(k=(20,))})
+    result = run_probe(pipeline(store, tmp_path, spec))
+    low, high = result.sources[0].knn_interval
+    assert low < result.chance < high
+    low, high = result.sources[0].sampling_interval
+    assert low < result.chance < high
+
+
+def test_sweep_extracts_a_few_and_ranks(tmp_path: Path) -> None:
+    """Real digits through the bundled backbone; the ranking is that of the validation part."""
+    index = digits_index(tmp_path / "tars")
+    recipe = Pipeline.load(find_recipe("digits")).model_dump(
+        exclude_unset=True, exclude={"distill", "cluster", "retrieve"}
+    )
+    tars = {name: str(tmp_path / "tars" / f"{name}.tar") for name in ("train", "test")}
+    sweepable = Pipeline.parse(
+        {
+            **recipe,
+            "dataset": {"tars": tars},
+            "taps": ["down_blocks.1", "mid_block"],
+            "schedule": {"convention": "ddpm_index", "timesteps": [50, 900]},
+            "store": {"url": str(tmp_path / "store")},
+            "results": str(tmp_path / "results"),
+            "probe": {"epochs": 30, "seeds": [0, 1], "pixels": False},
+        }
+    )
+    file = tmp_path / "p.yaml"
+    file.write_text(sweepable.model_dump_json())
+    done = CliRunner().invoke(app, ["probe", str(file), "--sweep", "160", "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    assert not (tmp_path / "store").exists()
+    result = ProbeResult.load(tmp_path / "results" / "sweep-160" / "probe.json")
+    (source,) = result.sources
+    assert abs(source.n_train + source.n_validation + source.n_test - 160) <= 1
+    lines = [line.split() for line in done.output.splitlines()]
+    ranked = [line[1:3] for line in lines if line and line[0] in ("1", "2", "3", "4")]
+    cells = sorted(source.cells, key=ProbeCell.rank, reverse=True)
+    assert ranked == [[c.tap, f"{c.timestep:g}"] for c in cells]
+    assert cells[0].timestep == 50  # at 900 of 1000 little of the digit is left
+    small, large = (some_samples(index, ("train", "test"), n) for n in (40, 90))
+    keys = [set(one.table["key"].to_pylist()) for one in (small, large)]
+    assert keys[0] < keys[1]
+    with pytest.raises(SpecError, match="labelled samples of split 'test'; want some of each"):
+        some_samples(index, ("train", "test"), 1)
 
 
 def test_test_rows_never_touch_training(tmp_path: Path) -> None:

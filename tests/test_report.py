@@ -15,8 +15,9 @@ from sklearn.decomposition import PCA
 from drl_data.charts import Series, heat_colour, line_chart
 from drl_data.errors import InputError, UserError
 from drl_data.index import SampleIndex
+from drl_data.job_specs import ProbeSpec
 from drl_data.pictures import pca_colours, png_uri, shrunk
-from drl_data.pipeline import DistillSpec, Pipeline, ProbeSpec, StudentSpec
+from drl_data.pipeline import DistillSpec, Pipeline, StudentSpec
 from drl_data.plan import InvalidRow
 from drl_data.report import human_bytes, write_report
 from drl_data.shards import Array
