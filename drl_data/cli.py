@@ -380,6 +380,50 @@ def distill(file: PipelineFile, device: Device = None, store: OverrideStore = No
                                        progress=console_progress())))  # fmt: skip
 
 
+@app.command("export")
+def export_(
+    url: StoreUrl,
+    to: Annotated[
+        Literal["npy", "safetensors", "parquet", "webdataset", "hdf5"],
+        typer.Option(help="Format of the files."),
+    ],
+    folder: Annotated[Path, typer.Option("--out", help="Folder for them, empty or begun before.")],
+    tap: Annotated[list[str] | None, typer.Option(help="Only this tap; repeatable.")] = None,
+    timestep: Annotated[
+        list[float] | None, typer.Option(help="Only this timestep; repeatable.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Only this split.")] = None,
+    view: Annotated[str | None, typer.Option(help="A view of the store; default: the first.")] = (
+        None
+    ),
+    names: Annotated[
+        Literal["key", "row"], typer.Option(help="What .npy files are called by.")
+    ] = "key",
+    rows_per_file: Annotated[int | None, typer.Option(min=1, help="Default: 10000.")] = None,
+) -> None:
+    """Features as .npy trees, safetensors shards, Parquet, WebDataset or HDF5; resumable."""
+    from drl_data.progress import console_progress
+    from drl_data.store import FeatureStore
+    from drl_data.tasks.export import export
+
+    found = export(
+        FeatureStore.open(url),
+        to,
+        folder,
+        taps=tap,
+        timesteps=timestep,
+        split=split,
+        view=view,
+        names=names,
+        rows_per_file=rows_per_file,
+        progress=console_progress(),
+    )
+    out.print(
+        f"{found.n_samples} samples in {folder}, {found.n_invalid} without features left out",
+        soft_wrap=True,
+    )
+
+
 @app.command()
 def report(file: PipelineFile, store: OverrideStore = None) -> None:
     """Write report.html from a store and what the tasks found."""
