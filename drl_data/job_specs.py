@@ -27,6 +27,29 @@ class KnnSpec(Spec):
     temperature: Annotated[float, Field(gt=0)] = 0.07
 
 
+class AttentiveSpec(Spec):
+    """A small transformer over the features of several taps and timesteps together (DifFormer)."""
+
+    taps: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ()
+    timesteps: Annotated[tuple[Timestep, ...], BeforeValidator(as_tuple)] = ()
+    """Default: all of the store."""
+    pool: Positive = 4
+    """Side of the grid that maps are averaged to; DifFormer has 16 on maps of 16 and more."""
+    width: Positive = 128
+    heads: Positive = 4
+    depth: Positive = 1
+    epochs: Positive = 30
+    batch_size: Positive = 128
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> AttentiveSpec:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} of {self.heads} heads: want a multiple")
+        return self
+
+
 class ProbeSpec(Spec):
     """Linear probes for every (tap, timestep) cell, trained together in one pass.
 
@@ -49,6 +72,8 @@ class ProbeSpec(Spec):
     2 is what "Diffusion models beat GANs on image classification" uses. A smaller map stays."""
     knn: KnnSpec | None = None
     """Also ask the nearest neighbours of each cell: `knn: {}` takes the defaults."""
+    attentive: AttentiveSpec | None = None
+    """Also fuse all cells: `attentive: {}` takes the defaults."""
     pixels: bool = True
     """Also probe the raw pixels, the floor that features must beat."""
     compare: dict[str, str] = {}

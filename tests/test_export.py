@@ -146,6 +146,19 @@ def test_safetensors(store: FeatureStore, tmp_path: Path) -> None:
         np.testing.assert_allclose(stats["std"].flatten(), x.std(0), rtol=1e-5)
 
 
+def test_a_lost_file_is_made_again_and_no_other(store: FeatureStore, tmp_path: Path) -> None:
+    out = tmp_path / "o"
+    export(store, "safetensors", out, taps=["map"])
+    lost, kept = (
+        out / "map" / time / "latents_rank00_shard000.safetensors" for time in ("t10", "t200")
+    )
+    data, when = lost.read_bytes(), kept.stat().st_mtime_ns
+    lost.unlink()
+    export(store, "safetensors", out, taps=["map"])
+    assert lost.read_bytes() == data
+    assert kept.stat().st_mtime_ns == when
+
+
 def test_safetensors_with_the_mirrored_view(tmp_path: Path) -> None:
     images = ImageSpec(size=8, views=("id", "hflip"))
     store = store_at(tmp_path / "s", make_index(N), images)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,13 +21,15 @@ from drl_data import linear_probes
 from drl_data.cli import app
 from drl_data.errors import InputError, SpecError, UserError
 from drl_data.intervals import t_interval, wilson_interval
-from drl_data.job_specs import KnnSpec, ProbeSpec
+from drl_data.job_specs import AttentiveSpec, KnnSpec, ProbeSpec
 from drl_data.linear_probes import HeadwiseAdamW, LinearProbes, PooledFeatures, ProbeSplit
 from drl_data.pipeline import Pipeline, StoreSpec
 from drl_data.recipes import find_recipe
 from drl_data.shards import Array
 from drl_data.splits import is_validation
 from drl_data.store import FeatureStore
+from drl_data.tasks.attentive import as_tokens
+from drl_data.tasks.knn_probe import knn_accuracy
 from drl_data.tasks.probe import (
     ProbeCell,
     ProbeResult,
@@ -36,6 +39,7 @@ from drl_data.tasks.probe import (
 )
 from drl_data.tasks.sweep import some_samples
 from drl_data.threads import one_thread
+from tests.stores import make_array
 from tests.task_stores import N_CLASSES, digits_index, noise, pipeline_of, store_of, toy_index
 
 N_TRAIN, N_TEST = 600, 200
@@ -279,6 +283,81 @@ def test_neighbours_of_shuffled_labels_are_at_chance(tmp_path: Path) -> None:
     assert low < result.chance < high
     low, high = result.sources[0].sampling_interval
     assert low < result.chance < high
+
+
+FUSION = AttentiveSpec(width=32, heads=2, epochs=20, batch_size=64, learning_rate=3e-3)
+
+
+def test_attention_fuses_what_no_single_cell_knows(tmp_path: Path) -> None:
+    """Half of the class is in one tap at one timestep, half in another tap at the other, and there
+    in the place of a blob, which the mean over space does not see."""
+    high, low = LABELS // 2, LABELS % 2
+    signs = np.random.default_rng(2).standard_normal(6).astype(np.float32)
+    vectors = noise(2, N, 6, seed=8)
+    vectors[0] += 3 * signs * (2 * high - 1)[:, None]
+    maps = 0.3 * noise(2, N, 4, 4, 4, seed=9)
+    corner = np.where(low == 0, 0, 3)
+    maps[1, np.arange(N), 0, corner, corner] += 6
+    index = toy_index(LABELS.tolist(), SPLITS)
+    store = store_of(tmp_path / "store", {"vector": vectors, "map": maps}, index)
+    spec = QUICK.model_copy(update={"attentive": FUSION, "epochs": 5})
+    (source,) = run_probe(pipeline(store, tmp_path, spec)).sources
+    fused = source.attentive
+    assert fused is not None
+    assert source.best.mean_test < 0.6  # a half, and chance for the rest
+    assert min(fused.test) > 0.9
+    assert (fused.n_cells, fused.n_tokens) == (4, 2 * (1 + 16))
+    assert fused.loss[-1] < 0.5 * fused.loss[0]
+    one = FUSION.model_copy(update={"taps": ("vector",), "timesteps": (10,), "epochs": 4})
+    spec = spec.model_copy(update={"attentive": one})
+    (source,) = run_probe(pipeline(store, tmp_path, spec)).sources
+    assert source.attentive is not None
+    assert source.attentive.mean_test < 0.65
+    again = run_probe(pipeline(store, tmp_path, spec)).sources[0].attentive
+    assert again == source.attentive  # a function of the seeds
+
+
+def test_tokens_of_every_shape() -> None:
+    def tokens(dims: str, *shape: int) -> torch.Tensor:
+        array = make_array("x", (3,), "float32")
+        array = array.model_copy(update={"dims": tuple(dims.split()), "shape": shape})
+        x = torch.arange(2 * math.prod(shape), dtype=torch.float32).reshape(2, *shape)
+        return as_tokens(x, array, pool=2)
+
+    maps = tokens("channel height width", 3, 4, 6)
+    whole = torch.arange(144.0).reshape(2, 3, 4, 6)
+    assert maps.shape == (2, 4, 3)
+    torch.testing.assert_close(maps[:, 1], whole[:, :, :2, 3:].mean((2, 3)))
+    assert tokens("channel height width", 3, 1, 6).shape == (2, 2, 3)
+    of_tokens = tokens("token channel", 8, 3)
+    assert of_tokens.shape == (2, 4, 3)
+    first = torch.arange(48.0).reshape(2, 8, 3)[:, :2].mean(1)
+    torch.testing.assert_close(of_tokens[:, 0], first)
+    assert tokens("token channel", 3, 5).shape == (2, 3, 5)
+    assert tokens("channel", 5).shape == (2, 1, 5)
+    assert tokens("channel frame height width", 3, 2, 4, 4).shape == (2, 4, 3)
+
+
+def test_near_neighbours_weigh_more() -> None:
+    """One at cosine 1 against two at cosine 0.8: alone at a low temperature, not at a high one."""
+    train = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.8, -0.6]])
+    labels, asked = torch.tensor([0, 1, 1]), torch.tensor([[1.0, 0.0]])
+    for temperature, want in ((0.07, 1.0), (10.0, 0.0)):
+        knn = KnnSpec(k=(3,), temperature=temperature)
+        found = knn_accuracy(train, labels, asked, torch.tensor([0]), knn, 2)
+        assert found == [(want, 1.0)]
+
+
+def test_attention_on_shuffled_labels_is_at_chance(tmp_path: Path) -> None:
+    shuffled = np.random.default_rng(6).permutation(LABELS)
+    index = toy_index(shuffled.tolist(), SPLITS)
+    store = store_of(tmp_path / "store", {"good": clusters()[None]}, index)
+    short = FUSION.model_copy(update={"epochs": 5})
+    spec = QUICK.model_copy(update={"attentive": short, "epochs": 1})
+    fused = run_probe(pipeline(store, tmp_path, spec)).sources[0].attentive
+    assert fused is not None
+    low, high = fused.sampling_interval
+    assert low < 0.25 < high
 
 
 def test_sweep_extracts_a_few_and_ranks(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def export(
             if any(not path.exists() for path, _ in writes):
                 part = _part(dataset, flipped, places, splits)
                 for path, write in writes:
-                    if path.is_dir() or not path.exists():
+                    if not path.exists():
                         write(path, part)
             bar.advance(len(places))
     if to == "npy":

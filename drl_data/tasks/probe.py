@@ -33,6 +33,7 @@ from drl_data.results import TaskResult
 from drl_data.spec_base import Spec
 from drl_data.splits import finished_store
 from drl_data.store import FeatureStore
+from drl_data.tasks.attentive import AttentiveFound, run_attentive
 from drl_data.tasks.knn_probe import KnnCell, knn_cells
 from drl_data.threads import one_thread
 
@@ -88,6 +89,7 @@ class ProbeSource(Spec):
     n_validation: int
     n_test: int
     knn: tuple[KnnCell, ...] = ()
+    attentive: AttentiveFound | None = None
 
     @property
     def best_knn(self) -> KnnCell | None:
@@ -172,6 +174,16 @@ def format_table(result: ProbeResult) -> Table:
                 "",
                 _span(source.knn_interval),
             )
+        if (fused := source.attentive) is not None:
+            table.add_row(
+                f"{source.label}, attentive",
+                f"{fused.n_cells} cells fused",
+                "",
+                f"{fused.mean_validation:.1%}",
+                f"{fused.mean_test:.1%}",
+                _span(fused.seed_interval),
+                _span(fused.sampling_interval),
+            )
     return table
 
 
@@ -218,7 +230,8 @@ def run_probe(
     }
     sources: list[ProbeSource] = []
     pixels: list[ProbeSource] = []
-    with progress.bar("probe", len(stores) * spec.epochs, "epochs") as bar:
+    n_epochs = spec.epochs + (spec.attentive.epochs if spec.attentive else 0)
+    with progress.bar("probe", len(stores) * n_epochs, "epochs") as bar:
         for label, store in stores.items():
             part = split if store is own else ProbeSplit.of(store, spec)
             data = PooledFeatures(store, spec, part, pixels=spec.pixels and store is own)
@@ -232,6 +245,9 @@ def run_probe(
             if spec.knn is not None:
                 cells = knn_cells(store, spec, spec.knn, part, device)
                 found[0] = found[0].model_copy(update={"knn": cells})
+            if spec.attentive is not None:
+                fused = run_attentive(store, spec, spec.attentive, part, device, bar)
+                found[0] = found[0].model_copy(update={"attentive": fused})
             sources.append(found[0])
             pixels.extend(found[1:])
     result = ProbeResult(
