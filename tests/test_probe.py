@@ -313,8 +313,31 @@ def test_attention_fuses_what_no_single_cell_knows(tmp_path: Path) -> None:
     (source,) = run_probe(pipeline(store, tmp_path, spec)).sources
     assert source.attentive is not None
     assert source.attentive.mean_test < 0.65
-    again = run_probe(pipeline(store, tmp_path, spec)).sources[0].attentive
-    assert again == source.attentive  # a function of the seeds
+    with torch.random.fork_rng():
+        torch.manual_seed(99)
+        again = run_probe(pipeline(store, tmp_path, spec)).sources[0].attentive
+    assert again == source.attentive  # a function of its own seeds
+
+
+def test_attention_learns_from_train_rows_alone(tmp_path: Path) -> None:
+    """Other features in validation or test rows change the accuracy there, and nothing else."""
+    held_out = [r for r in range(N_TRAIN) if is_validation(f"key-{r:05d}", QUICK.validation)]
+    short = FUSION.model_copy(update={"epochs": 3})
+    spec = QUICK.model_copy(update={"attentive": short, "epochs": 1})
+    index = toy_index(LABELS.tolist(), SPLITS)
+    found = []
+    for name, rows in (("clean", []), ("validation", held_out), ("test", range(N_TRAIN, N))):
+        x = clusters()[None]
+        x[:, list(rows)] = np.random.default_rng(0).permutation(x[:, list(rows)], axis=1)
+        store = store_of(tmp_path / name, {"x": x}, index)
+        fused = run_probe(pipeline(store, tmp_path, spec)).sources[0].attentive
+        assert fused is not None
+        found.append(fused)
+    clean, validation, test = found
+    assert clean.loss == validation.loss == test.loss
+    assert clean.test == validation.test != test.test
+    assert clean.validation == test.validation != validation.validation
+    assert clean.mean_validation > 0.9 > validation.mean_validation
 
 
 def test_tokens_of_every_shape() -> None:
