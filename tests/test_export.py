@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -335,6 +336,13 @@ def test_what_is_refused(store: FeatureStore, tmp_path: Path) -> None:
         export(double, "npy", tmp_path / "t")
     assert not (tmp_path / "t").exists()
     export(double, "npy", tmp_path / "t", names="row")
+
+
+def test_without_h5py(store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "h5py", None)  # as if it were not installed
+    with pytest.raises(SpecError, match="needs h5py"):
+        export(store, "hdf5", tmp_path / "o")
+    assert not (tmp_path / "o").exists()
 
 
 def test_command(store: FeatureStore, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,6 +157,14 @@ def test_what_is_no_index(tmp_path: Path) -> None:
         ApproximateIndex.load(tmp_path / "bad.faiss")
     with pytest.raises(SpecError, match="9 lists of 5 vectors"):
         ApproximateIndex.build(torch.from_numpy(noise(5, 2)), IndexSpec(kind="ivf", lists=9), 0)
+
+
+def test_without_faiss_there_is_exact_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)  # as if it were not installed
+    x = torch.from_numpy(noise(9, 2))
+    assert exact_neighbours(x, x, 3).positions.shape == (9, 3)
+    with pytest.raises(SpecError, match=r"needs faiss: pip install 'drl-data\[retrieve\]'"):
+        ApproximateIndex.build(x, IndexSpec(kind="hnsw"), 0)
 
 
 # --- the task -----------------------------------------------------------------------------------
