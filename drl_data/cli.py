@@ -475,13 +475,28 @@ def pretrain(file: PipelineFile, device: Device = None, tars: OverrideTars = Non
 
 
 @app.command()
-def probe(file: PipelineFile, device: Device = None, store: OverrideStore = None) -> None:
+def probe(
+    file: PipelineFile,
+    sweep: Annotated[
+        int | None,
+        typer.Option(min=2, help="Rank taps and timesteps on about N images, extracted apart."),
+    ] = None,
+    device: Device = None,
+    store: OverrideStore = None,
+) -> None:
     """Linear probes of every tap and timestep, trained together in one pass."""
     from drl_data.progress import console_progress
-    from drl_data.tasks.probe import format_table, run_probe
+    from drl_data.tasks.probe import format_ranking, format_table, run_probe
 
-    out.print(format_table(run_probe(_load(file, None, store), device=device,
-                                     progress=console_progress())))  # fmt: skip
+    pipeline = _load(file, None, store)
+    if sweep is None:
+        out.print(format_table(run_probe(pipeline, device=device, progress=console_progress())))
+        return
+    from drl_data.tasks.sweep import run_sweep
+
+    result = run_sweep(pipeline, sweep, device=device, progress=console_progress())
+    out.print(format_ranking(result))
+    out.print(format_table(result))
 
 
 @app.command()
@@ -495,6 +510,43 @@ def stats(file: PipelineFile, device: Device = None, store: OverrideStore = None
 
 
 @app.command()
+def cluster(file: PipelineFile, device: Device = None, store: OverrideStore = None) -> None:
+    """k-means on one tap and timestep: clusters of every row as Parquet, for several k at once."""
+    from drl_data.progress import console_progress
+    from drl_data.tasks.cluster import format_table, run_cluster
+
+    out.print(format_table(run_cluster(_load(file, None, store), device=device,
+                                       progress=console_progress())))  # fmt: skip
+
+
+@app.command()
+def retrieve(
+    file: PipelineFile,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Ask with an image file; repeatable.")
+    ] = None,
+    row: Annotated[
+        list[int] | None, typer.Option(min=0, help="Ask with a row of the store; repeatable.")
+    ] = None,
+    k: Annotated[int | None, typer.Option("-k", min=1, help="Neighbours of these.")] = None,
+    device: Device = None,
+    store: OverrideStore = None,
+) -> None:
+    """Nearest neighbours of every row as Parquet; or of some images or rows, printed."""
+    from drl_data.progress import console_progress
+    from drl_data.tasks.retrieve import format_answers, format_table, query, run_retrieve
+
+    pipeline = _load(file, None, store)
+    if image or row:
+        out.print(format_answers(query(pipeline, images=image or (), rows=row or (), k=k,
+                                       device=device)))  # fmt: skip
+        return
+    if k is not None:
+        raise SpecError("drl retrieve: -k is for --image and --row; the table has `retrieve.k`")
+    out.print(format_table(run_retrieve(pipeline, device=device, progress=console_progress())))
+
+
+@app.command()
 def distill(file: PipelineFile, device: Device = None, store: OverrideStore = None) -> None:
     """Train a student on stored features, then on few labels, against one from scratch."""
     from drl_data.progress import console_progress
@@ -502,6 +554,50 @@ def distill(file: PipelineFile, device: Device = None, store: OverrideStore = No
 
     out.print(format_table(run_distill(_load(file, None, store), device=device,
                                        progress=console_progress())))  # fmt: skip
+
+
+@app.command("export")
+def export_(
+    url: StoreUrl,
+    to: Annotated[
+        Literal["npy", "safetensors", "parquet", "webdataset", "hdf5"],
+        typer.Option(help="Format of the files."),
+    ],
+    folder: Annotated[Path, typer.Option("--out", help="Folder for them, empty or begun before.")],
+    tap: Annotated[list[str] | None, typer.Option(help="Only this tap; repeatable.")] = None,
+    timestep: Annotated[
+        list[float] | None, typer.Option(help="Only this timestep; repeatable.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Only this split.")] = None,
+    view: Annotated[str | None, typer.Option(help="A view of the store; default: the first.")] = (
+        None
+    ),
+    names: Annotated[
+        Literal["key", "row"], typer.Option(help="What .npy files are called by.")
+    ] = "key",
+    rows_per_file: Annotated[int | None, typer.Option(min=1, help="Default: 10000.")] = None,
+) -> None:
+    """Features as .npy trees, safetensors shards, Parquet, WebDataset or HDF5; resumable."""
+    from drl_data.progress import console_progress
+    from drl_data.store import FeatureStore
+    from drl_data.tasks.export import export
+
+    found = export(
+        FeatureStore.open(url),
+        to,
+        folder,
+        taps=tap,
+        timesteps=timestep,
+        split=split,
+        view=view,
+        names=names,
+        rows_per_file=rows_per_file,
+        progress=console_progress(),
+    )
+    out.print(
+        f"{found.n_samples} samples in {folder}, {found.n_invalid} without features left out",
+        soft_wrap=True,
+    )
 
 
 @app.command()

@@ -18,10 +18,14 @@ from drl_data.progress import Progress
 from drl_data.recipes import find_recipe
 from drl_data.report import write_report
 from drl_data.runs import extract, required_sections
+from drl_data.tasks.cluster import format_table as cluster_table
+from drl_data.tasks.cluster import run_cluster
 from drl_data.tasks.distill import format_table as distill_table
 from drl_data.tasks.distill import run_distill
 from drl_data.tasks.probe import format_table as probe_table
 from drl_data.tasks.probe import run_probe
+from drl_data.tasks.retrieve import format_table as retrieve_table
+from drl_data.tasks.retrieve import run_retrieve
 
 FILES = ("digits", "digits_random", "digits_pretrain")
 SHEET = (8, 16)
@@ -31,7 +35,8 @@ GAP = 1
 
 
 def run_demo(folder: Path, progress: Progress, say: Callable[[object], None]) -> Path:
-    """Pack the digits, extract with trained and with random weights, probe, distil, report.
+    """Pack the digits, extract with trained and with random weights, probe, cluster, find
+    neighbours, distil, report.
 
     Returns the report. Run again, it computes only what is missing from the stores.
 
@@ -49,6 +54,8 @@ def run_demo(folder: Path, progress: Progress, say: Callable[[object], None]) ->
             raise ExecutionError(f"{name}: {summary.failed}, {summary.n_invalid} invalid samples")
         say(f"{name}: {summary.n_ok} samples computed, store {summary.store.url}")
     say(probe_table(run_probe(pipeline, progress=progress)))
+    say(cluster_table(run_cluster(pipeline, progress=progress)))
+    say(retrieve_table(run_retrieve(pipeline, progress=progress)))
     say(distill_table(run_distill(pipeline, progress=progress)))
     sheet = Path(pipeline.results) / "samples.png"
     write_sample_sheet(pipeline, sheet)

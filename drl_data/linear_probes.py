@@ -3,7 +3,7 @@
 Every cell (tap, timestep) and every seed sees the same batches; the gradients of cells do not mix,
 so a cell learns exactly what it would learn alone.
 
-Shapes: b batch, n rows, t timestep, c channel, s seed, k class.
+Shapes: b batch, n rows, t timestep, c channel, s head (a seed of a setting), k class.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from drl_data.datasets import FeatureStream
 from drl_data.errors import SpecError
-from drl_data.pipeline import ProbeSpec
+from drl_data.job_specs import ProbeSpec
+from drl_data.pooling import n_pooled, pooled
 from drl_data.selection import Rows, select
-from drl_data.spec import ArraySpec
 from drl_data.splits import is_validation, require_two_splits
 from drl_data.store import FeatureStore
 
@@ -33,10 +33,11 @@ MAX_PIXEL_SIDE = 32
 
 READ_BATCH = 256
 
+TOP = 5
+"""Classes that may be named in the top-5 accuracy."""
+
 PIXELS_KEY = "__pixels__"
 """Stands beside the names of arrays, none of which may begin so."""
-
-SPACE = ("height", "width")
 
 Features = Mapping[str, Tensor]
 """Pooled features of a batch: {tap: float32 [b, t, c]}."""
@@ -103,7 +104,7 @@ class PooledFeatures:
         self._pixels = pixels
         self.split = split
         self.train_split, self.test_split = spec.train, spec.test
-        self.shapes = {a.name: (len(store.times), _n_pooled(a, spec.pool)) for a in store.features}
+        self.shapes = {a.name: (len(store.times), n_pooled(a, spec.pool)) for a in store.features}
         if pixels:
             images = store.spec.images
             sides = [min(side, MAX_PIXEL_SIDE) for side in images.size]
@@ -152,33 +153,10 @@ class PooledFeatures:
             stream.set_epoch(epoch)
         dims = {a.name: a.dims for a in self._store.features}
         for batch in stream:
-            x = {
-                name: _pooled(f, dims[name], self._spec.pool) for name, f in batch.features.items()
-            }
+            x = {name: pooled(f, dims[name], self._spec.pool) for name, f in batch.features.items()}
             if batch.pixels is not None:
                 x[PIXELS_KEY] = _flat_pixels(batch.pixels)
             yield batch.row.numpy(), x
-
-
-def _n_pooled(array: ArraySpec, pool: int) -> int:
-    """Numbers that are left of one row."""
-    n_channels = array.shape[array.channel_axis]
-    sides = [side for side, name in zip(array.shape, array.dims, strict=True) if name in SPACE]
-    return n_channels * math.prod(min(side, pool) for side in sides)
-
-
-def _pooled(x: Tensor, dims: Sequence[str], pool: int) -> Tensor:
-    """[b, t, *dims] to float32 [b, t, c]; of a map [b, t, c * pool * pool], the mean of a video's
-    frames."""
-    if "frame" in dims:
-        x, dims = x.float().mean(dims.index("frame") + 2), [d for d in dims if d != "frame"]
-    if "token" in dims:
-        return x.float().mean(dims.index("token") + 2)
-    if tuple(dims[-2:]) != SPACE:
-        return x.float()
-    height, width = (min(side, pool) for side in x.shape[-2:])
-    grid = F.adaptive_avg_pool2d(x.flatten(0, 1).float(), (height, width))
-    return grid.reshape(*x.shape[:2], -1)
 
 
 def _flat_pixels(pixels: Tensor) -> Tensor:
@@ -213,17 +191,19 @@ class LinearProbes:
         n_classes: int,
         seeds: Sequence[int],
         device: str = "cpu",
+        n_settings: int = 1,
     ) -> None:
-        """`shapes` gives (timesteps, channels) of each tap; a seed decides the first weights."""
+        """`shapes` gives (timesteps, channels) of each tap; a seed decides the first weights, which
+        are the same in all settings (of learning rate and weight decay)."""
         self.device = device
         self.weight: dict[str, Tensor] = {}
         self.bias: dict[str, Tensor] = {}
         self.mean: dict[str, Tensor] = {}
         self.scale: dict[str, Tensor] = {}
         for name, (n_times, n_channels) in shapes.items():
-            starts = [_first_weights(n_channels, n_classes, seed) for seed in seeds]
+            starts = [_first_weights(n_channels, n_classes, seed) for seed in seeds] * n_settings
             weight = torch.stack(starts, dim=1).repeat(n_times, 1, 1, 1)
-            bias = torch.zeros(n_times, len(seeds), n_classes)
+            bias = torch.zeros(n_times, len(starts), n_classes)
             self.weight[name] = weight.to(device).requires_grad_()
             self.bias[name] = bias.to(device).requires_grad_()
             self.mean[name] = torch.zeros(n_times, n_channels, device=device)
@@ -264,12 +244,13 @@ class LinearProbes:
 
     def train(self, data: PooledFeatures, spec: ProbeSpec) -> Iterator[float]:
         """AdamW with a cosine schedule on the train rows; yields the mean loss of each epoch."""
-        optimizer = torch.optim.AdamW(
+        rates, decays = self._of_each_head(spec)
+        optimizer = HeadwiseAdamW(
             [
-                {"params": list(self.weight.values()), "weight_decay": spec.weight_decay},
-                {"params": list(self.bias.values()), "weight_decay": 0.0},
+                *((weight, decays) for weight in self.weight.values()),
+                *((bias, torch.zeros_like(decays)) for bias in self.bias.values()),
             ],
-            lr=spec.learning_rate,
+            rates,
         )
         target = torch.from_numpy(data.split.target).to(self.device)
         n_rows = len(data.split.train)
@@ -278,42 +259,86 @@ class LinearProbes:
             for rows, x in data.batches(data.split.train, data.train_split, epoch):
                 # By the share of rows that are done, which does not depend on how they are cut.
                 done = (epoch + n_done / n_rows) / spec.epochs
-                for group in optimizer.param_groups:
-                    group["lr"] = spec.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
                 y = target[torch.from_numpy(rows)]
                 losses = [_cross_entropy(self.logits(name, f), y).mean(1) for name, f in x.items()]
                 # Summed over cells and seeds: each gets the gradient of its own mean loss.
                 loss = torch.stack([one.sum() for one in losses]).sum()
-                optimizer.zero_grad()
                 torch.autograd.backward(loss)
-                optimizer.step()
+                optimizer.step(0.5 * (1 + math.cos(math.pi * done)))
                 n_done += len(rows)
                 total += float(loss.detach()) * len(rows)
             yield total / n_rows / sum(one.numel() for one in losses)
+
+    def _of_each_head(self, spec: ProbeSpec) -> tuple[Tensor, Tensor]:
+        """Learning rate and weight decay of every head, [s, 1]."""
+        pairs = torch.tensor(settings(spec), device=self.device)
+        heads = pairs.repeat_interleave(len(spec.seeds), 0)
+        return heads[:, :1], heads[:, 1:]
 
     @torch.no_grad()
     def score(self, data: PooledFeatures, rows: Rows, split: str) -> dict[str, Scores]:
         """Accuracy and cross-entropy of every cell and seed on some rows of a split."""
         target = torch.from_numpy(data.split.target).to(self.device)
         zeros = {n: torch.zeros(b.shape[:2], dtype=torch.float64) for n, b in self.bias.items()}
-        right, loss = zeros, {name: zero.clone() for name, zero in zeros.items()}
+        right, near, loss = ({name: zero.clone() for name, zero in zeros.items()} for _ in range(3))
         for found, x in data.batches(rows, split, None):
             y = target[torch.from_numpy(found)]
             for name, f in x.items():
                 logits = self.logits(name, f)
                 right[name] += (logits.argmax(-1) == y[:, None]).sum(1).cpu()
+                best = logits.topk(min(TOP, logits.shape[-1]), dim=-1).indices
+                near[name] += (best == y[:, None, None]).any(-1).sum(1).cpu()
                 known = y >= 0
                 loss[name] += _cross_entropy(logits[:, known], y[known]).sum(1).cpu()
         n = len(rows)
-        return {name: Scores(right[name] / n, loss[name] / n) for name in right}
+        return {name: Scores(right[name] / n, near[name] / n, loss[name] / n) for name in right}
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one tap: accuracy 0..1 and cross-entropy in nats, each [t, s]."""
+    """Of one tap: accuracy 0..1, that of the five best, and cross-entropy in nats, each [t, s]."""
 
     accuracy: Tensor
+    top5: Tensor
     loss: Tensor
+
+
+class HeadwiseAdamW:
+    """AdamW (Loshchilov and Hutter 2019) with torch's defaults, and a learning rate and a weight
+    decay of each head: the last axis but one of every parameter."""
+
+    BETAS = (0.9, 0.999)
+    EPSILON = 1e-8
+
+    def __init__(self, parameters: Sequence[tuple[Tensor, Tensor]], rates: Tensor) -> None:
+        """`parameters`: each with its weight decays [s, 1]; `rates` [s, 1]."""
+        self._parameters = parameters
+        self._rates = rates
+        self._moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p, _ in parameters]
+        self._n_steps = 0
+
+    @torch.no_grad()
+    def step(self, factor: float) -> None:
+        """One step with `factor` times the learning rates; takes the gradients away."""
+        self._n_steps += 1
+        one, two = (1 - beta**self._n_steps for beta in self.BETAS)
+        rates = self._rates * factor
+        for (parameter, decay), (first, second) in zip(
+            self._parameters, self._moments, strict=True
+        ):
+            gradient = parameter.grad
+            assert gradient is not None  # every parameter has a part in the loss
+            first.lerp_(gradient, 1 - self.BETAS[0])
+            second.mul_(self.BETAS[1]).addcmul_(gradient, gradient, value=1 - self.BETAS[1])
+            size = (second / two).sqrt_().add_(self.EPSILON)
+            parameter.mul_(1 - rates * decay).sub_(rates * (first / one).div_(size))
+            parameter.grad = None
+
+
+def settings(spec: ProbeSpec) -> list[tuple[float, float]]:
+    """Pairs of learning rate and weight decay; heads are those of the first pair's seeds, then of
+    the next's."""
+    return [(rate, decay) for rate in spec.learning_rate for decay in spec.weight_decay]
 
 
 def _first_weights(n_channels: int, n_classes: int, seed: int) -> Tensor:

@@ -140,10 +140,14 @@ def thumbnails(store: FeatureStore) -> list[Shown]:
         (sample,) = table.slice(row, 1).select(["key", "split", "label"]).to_pylist()
         label = sample["label"]
         text = "" if label is None else str(label) if names is None else names[label]
-        pixels = _pixels(store, row)
-        uri = None if pixels is None else png_uri(shrunk(pixels, THUMBNAIL_SIDE))
-        shown.append(Shown(row, sample["key"], sample["split"], text, uri))
+        shown.append(Shown(row, sample["key"], sample["split"], text, row_uri(store, row)))
     return shown
+
+
+def row_uri(store: FeatureStore, row: int) -> str | None:
+    """The image of one row as the backbone saw it; None if it cannot be read now."""
+    pixels = _pixels(store, row)
+    return None if pixels is None else png_uri(shrunk(pixels, THUMBNAIL_SIDE))
 
 
 def _pixels(store: FeatureStore, row: int) -> Pixels | None:

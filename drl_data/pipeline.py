@@ -35,6 +35,7 @@ from drl_data.diffusion_spec import (
     ScheduleSpec,
 )
 from drl_data.errors import SpecError
+from drl_data.job_specs import ClusterSpec, ProbeSpec, RetrieveSpec
 from drl_data.spec import (
     BackboneSpec,
     BucketSpec,
@@ -85,30 +86,6 @@ class RunSpec(Spec):
     """Units that fail one after the other before the run ends: it is no longer the units' fault."""
     grace_s: Annotated[float, Field(ge=0)] = 20.0
     """Seconds that running units have to finish after SIGTERM, SIGINT or a preemption notice."""
-
-
-class ProbeSpec(Spec):
-    """Linear probes for every (tap, timestep) cell, trained together in one pass.
-
-    The best cell is chosen on a validation part of the train split (rows whose key hashes below
-    `validation`), its accuracy is reported on the test split, which is used for nothing else.
-    """
-
-    train: str = "train"
-    test: str = "test"
-    validation: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    seeds: tuple[int, ...] = (0, 1, 2)
-    epochs: Annotated[int, Field(ge=1)] = 60
-    batch_size: Annotated[int, Field(ge=1)] = 256
-    learning_rate: float = 1e-2
-    weight_decay: float = 1e-3
-    pool: Annotated[int, Field(ge=1)] = 1
-    """Side of the grid that maps are averaged to before the classifier: 1 is the mean over space,
-    2 is what "Diffusion models beat GANs on image classification" uses. A smaller map stays."""
-    pixels: bool = True
-    """Also probe the raw pixels, the floor that features must beat."""
-    compare: dict[str, str] = {}
-    """Other pipeline files whose stores are probed beside this one: {label: path}."""
 
 
 class StatsSpec(Spec):
@@ -225,6 +202,8 @@ class Pipeline(Spec):
     """Folder for what tasks find and for the report."""
     probe: ProbeSpec | None = None
     stats: StatsSpec | None = None
+    cluster: ClusterSpec | None = None
+    retrieve: RetrieveSpec | None = None
     distill: DistillSpec | None = None
     pretrain: PretrainSpec | None = None
     tiny: TinySpec | None = None

@@ -13,8 +13,10 @@ from drl_data.pipeline import Pipeline
 from drl_data.progress import SILENT
 from drl_data.runs import extract
 from drl_data.store import FeatureStore
+from drl_data.tasks.cluster import ClusterResult
 from drl_data.tasks.distill import DistillResult
 from drl_data.tasks.probe import ProbeResult
+from drl_data.tasks.retrieve import RetrieveResult
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,7 +31,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     said: list[object] = []
     report = run_demo(folder, SILENT, said.append)
     assert report == folder / "results" / "report.html"
-    assert len(said) == 4
+    assert len(said) == 6
     return folder
 
 
@@ -44,6 +46,16 @@ def test_learnt_features_beat_random_ones_and_pixels(demo: Path) -> None:
     assert trained.best.mean_test > random.best.mean_test + 0.005
     assert trained.best.mean_test > pixels.best.mean_test + 0.005
     assert min(random.best.mean_test, pixels.best.mean_test) > 0.9
+
+
+def test_clusters_and_neighbours_are_digits(demo: Path) -> None:
+    ten, hundred = ClusterResult.load(demo / "results" / "cluster.json").found
+    assert (ten.k, hundred.k) == (10, 100)
+    assert min(a.nmi for a in ten.agreement) > 0.7
+    assert min(a.purity for a in hundred.agreement) > 0.9
+    found = RetrieveResult.load(demo / "results" / "retrieve.json")
+    assert (found.n_base, found.n_queries, found.recall) == (1797, 1797, None)
+    assert found.same_label > 0.9
 
 
 def test_the_student_says_whether_it_beats_scratch(demo: Path) -> None:
@@ -69,7 +81,15 @@ def test_the_report_stands_alone(demo: Path) -> None:
     page = (demo / "results" / "report.html").read_text(encoding="utf-8")
     assert len(page) < 3_000_000
     assert not re.findall(r"(?:src|href)=\"(?!data:|#)[^\"]*", page)
-    for text in ("The backbone", "Features as colours", "Linear probes", "The student", "99."):
+    for text in (
+        "The backbone",
+        "Features as colours",
+        "Linear probes",
+        "The student",
+        "Clusters",
+        "Neighbours",
+        "99.",
+    ):
         assert text in page
 
 

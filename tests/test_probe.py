@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,15 +14,22 @@ from rich.console import Console
 from scipy import stats
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from typer.testing import CliRunner
 
 from drl_data import linear_probes
+from drl_data.cli import app
 from drl_data.errors import InputError, SpecError, UserError
 from drl_data.intervals import t_interval, wilson_interval
-from drl_data.linear_probes import LinearProbes, PooledFeatures, ProbeSplit
-from drl_data.pipeline import Pipeline, ProbeSpec, StoreSpec
+from drl_data.job_specs import AttentiveSpec, KnnSpec, ProbeSpec
+from drl_data.linear_probes import HeadwiseAdamW, LinearProbes, PooledFeatures, ProbeSplit
+from drl_data.pipeline import Pipeline, StoreSpec
+from drl_data.recipes import find_recipe
 from drl_data.shards import Array
 from drl_data.splits import is_validation
 from drl_data.store import FeatureStore
+from drl_data.tasks.attentive import as_tokens
+from drl_data.tasks.knn_probe import knn_accuracy
 from drl_data.tasks.probe import (
     ProbeCell,
     ProbeResult,
@@ -29,14 +37,16 @@ from drl_data.tasks.probe import (
     format_table,
     run_probe,
 )
+from drl_data.tasks.sweep import some_samples
 from drl_data.threads import one_thread
+from tests.stores import make_array
 from tests.task_stores import N_CLASSES, digits_index, noise, pipeline_of, store_of, toy_index
 
 N_TRAIN, N_TEST = 600, 200
 N = N_TRAIN + N_TEST
 LABELS = np.random.default_rng(1).integers(0, N_CLASSES, N)
 SPLITS = ["train"] * N_TRAIN + ["test"] * N_TEST
-QUICK = ProbeSpec(epochs=15, seeds=(0, 1), pixels=False, learning_rate=0.05)
+QUICK = ProbeSpec(epochs=15, seeds=(0, 1), pixels=False, learning_rate=(0.05,))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -160,11 +170,255 @@ def test_cells_together_learn_what_a_cell_learns_alone(
 def trained(store: FeatureStore, spec: ProbeSpec = QUICK) -> tuple[LinearProbes, PooledFeatures]:
     split = ProbeSplit.of(store, spec)
     data = PooledFeatures(store, spec, split, pixels=False)
-    probes = LinearProbes(data.shapes, split.n_classes, spec.seeds)
+    n_settings = len(spec.learning_rate) * len(spec.weight_decay)
+    probes = LinearProbes(data.shapes, split.n_classes, spec.seeds, n_settings=n_settings)
     probes.standardise(data)
     for _ in probes.train(data, spec):
         pass
     return probes, data
+
+
+def test_settings_together_learn_what_each_learns_alone(
+    toy: tuple[FeatureStore, ProbeResult, Path], tmp_path: Path
+) -> None:
+    """Four pairs at once; a cell reports the pair that is best on validation."""
+    store, _, _ = toy
+    rates, decays = (1e-4, 0.05), (0.0, 5.0)
+    many = QUICK.model_copy(update={"learning_rate": rates, "weight_decay": decays})
+    together = trained(store, many)[0]
+    alone = []
+    for i, (rate, decay) in enumerate((r, d) for r in rates for d in decays):
+        one = QUICK.model_copy(update={"learning_rate": (rate,), "weight_decay": (decay,)})
+        heads = slice(2 * i, 2 * i + 2)
+        weights = trained(store, one)[0]
+        for name, weight in weights.weight.items():
+            torch.testing.assert_close(
+                together.weight[name][:, :, heads], weight, rtol=1e-4, atol=1e-6
+            )
+        alone.append((rate, decay, cell(run_probe(pipeline(store, tmp_path, one)), "good", 11)))
+    best = max(alone, key=lambda found: found[2].rank())
+    found = cell(run_probe(pipeline(store, tmp_path, many)), "good", 11)
+    assert (found.learning_rate, found.weight_decay) == best[:2]
+    assert found.validation == best[2].validation
+    assert best[0] == 0.05  # the other rate is too low to learn in 15 epochs
+    assert min(one[2].mean_validation for one in alone) < 0.97
+
+
+def test_adamw_is_torchs() -> None:
+    weight, bias = torch.randn(2, 5, 3, 4), torch.randn(2, 3, 4)
+    mine = [weight.clone().requires_grad_(), bias.clone().requires_grad_()]
+    theirs = [weight.clone().requires_grad_(), bias.clone().requires_grad_()]
+    decay = torch.full((3, 1), 0.1)
+    one = HeadwiseAdamW([(mine[0], decay), (mine[1], torch.zeros(3, 1))], torch.full((3, 1), 0.01))
+    groups = [{"params": theirs[:1]}, {"params": theirs[1:], "weight_decay": 0.0}]
+    two = torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1)
+    for factor in (1.0, 0.5, 0.25):
+        for weights in (mine, theirs):
+            sum((w * w.detach().cos()).sum() for w in weights).backward()
+        for group in two.param_groups:
+            group["lr"] = 0.01 * factor
+        one.step(factor)
+        two.step()
+        two.zero_grad()
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_a_rate_that_diverges_is_not_chosen(
+    toy: tuple[FeatureStore, ProbeResult, Path], tmp_path: Path
+) -> None:
+    store, _, _ = toy
+    spec = QUICK.model_copy(update={"learning_rate": (1e38, 0.05)})
+    result = run_probe(pipeline(store, tmp_path, spec))
+    for tap, timestep in (("good", 11), ("map", 10)):
+        assert cell(result, tap, timestep).learning_rate == 0.05
+        assert cell(result, tap, timestep).mean_test > 0.99
+    only = QUICK.model_copy(update={"learning_rate": (1e38,)})
+    run_probe(pipeline(store, tmp_path, only))
+    ProbeResult.load(tmp_path / "probe.json")  # no NaN in JSON
+
+
+def knn_store(tmp_path: Path, labels: Array) -> tuple[FeatureStore, Array]:
+    images, _ = load_digits(return_X_y=True)
+    splits = np.where(np.arange(len(labels)) % 5 == 0, "test", "train")
+    x = images.astype(np.float32)[None, :, None, None].repeat(2, 0).reshape(2, -1, 64, 1, 1)
+    store = store_of(tmp_path / "s", {"x": x}, toy_index(labels.tolist(), splits.tolist()))
+    return store, images
+
+
+def test_neighbours_vote_as_scikit_learns(tmp_path: Path) -> None:
+    """Weights exp(cosine / T) on real digits; the best k by validation, train rows alone vote."""
+    labels = load_digits(return_X_y=True)[1]
+    store, images = knn_store(tmp_path, labels)
+    spec = QUICK.model_copy(update={"epochs": 1, "knn": KnnSpec(k=(1, 20, 5000))})
+    (source,) = run_probe(pipeline(store, tmp_path, spec)).sources
+    assert [(c.tap, c.timestep) for c in source.knn] == [("x", 10), ("x", 11)]
+    split = ProbeSplit.of(store, spec)
+    x = images / np.linalg.norm(images, axis=1, keepdims=True)
+    want = {}
+    for k in (1, 20, len(split.train)):
+        peer = KNeighborsClassifier(
+            k, metric="cosine", algorithm="brute", weights=lambda d: np.exp(-d / 0.07)
+        ).fit(x[split.train], labels[split.train])
+        want[k] = [peer.score(x[rows], labels[rows]) for rows in (split.validation, split.test)]
+    best = max(want, key=lambda k: want[k][0])
+    found = source.best_knn
+    assert found is not None
+    assert found.k == best
+    assert (found.validation, found.test) == pytest.approx(want[best], abs=2e-3)
+    assert found.test > 0.97
+    assert found.test_top5 is not None
+    assert found.test < found.test_top5 <= 1
+    low, high = source.knn_interval
+    assert low < found.test < high
+    assert source.best.test_top5[0] > source.best.test[0]
+
+
+def test_neighbours_of_shuffled_labels_are_at_chance(tmp_path: Path) -> None:
+    labels = np.random.default_rng(3).permutation(load_digits(return_X_y=True)[1])
+    store, _ = knn_store(tmp_path, labels)
+    spec = QUICK.model_copy(update={"epochs": 3, "knn": KnnSpec(k=(20,))})
+    result = run_probe(pipeline(store, tmp_path, spec))
+    low, high = result.sources[0].knn_interval
+    assert low < result.chance < high
+    low, high = result.sources[0].sampling_interval
+    assert low < result.chance < high
+
+
+FUSION = AttentiveSpec(width=32, heads=2, epochs=20, batch_size=64, learning_rate=3e-3)
+
+
+def test_attention_fuses_what_no_single_cell_knows(tmp_path: Path) -> None:
+    """Half of the class is in one tap at one timestep, half in another tap at the other, and there
+    in the place of a blob, which the mean over space does not see."""
+    high, low = LABELS // 2, LABELS % 2
+    signs = np.random.default_rng(2).standard_normal(6).astype(np.float32)
+    vectors = noise(2, N, 6, seed=8)
+    vectors[0] += 3 * signs * (2 * high - 1)[:, None]
+    maps = 0.3 * noise(2, N, 4, 4, 4, seed=9)
+    corner = np.where(low == 0, 0, 3)
+    maps[1, np.arange(N), 0, corner, corner] += 6
+    index = toy_index(LABELS.tolist(), SPLITS)
+    store = store_of(tmp_path / "store", {"vector": vectors, "map": maps}, index)
+    spec = QUICK.model_copy(update={"attentive": FUSION, "epochs": 5})
+    (source,) = run_probe(pipeline(store, tmp_path, spec)).sources
+    fused = source.attentive
+    assert fused is not None
+    assert source.best.mean_test < 0.6  # a half, and chance for the rest
+    assert min(fused.test) > 0.9
+    assert (fused.n_cells, fused.n_tokens) == (4, 2 * (1 + 16))
+    assert fused.loss[-1] < 0.5 * fused.loss[0]
+    one = FUSION.model_copy(update={"taps": ("vector",), "timesteps": (10,), "epochs": 4})
+    spec = spec.model_copy(update={"attentive": one})
+    (source,) = run_probe(pipeline(store, tmp_path, spec)).sources
+    assert source.attentive is not None
+    assert source.attentive.mean_test < 0.65
+    with torch.random.fork_rng():
+        torch.manual_seed(99)
+        again = run_probe(pipeline(store, tmp_path, spec)).sources[0].attentive
+    assert again == source.attentive  # a function of its own seeds
+
+
+def test_attention_learns_from_train_rows_alone(tmp_path: Path) -> None:
+    """Other features in validation or test rows change the accuracy there, and nothing else."""
+    held_out = [r for r in range(N_TRAIN) if is_validation(f"key-{r:05d}", QUICK.validation)]
+    short = FUSION.model_copy(update={"epochs": 3})
+    spec = QUICK.model_copy(update={"attentive": short, "epochs": 1})
+    index = toy_index(LABELS.tolist(), SPLITS)
+    found = []
+    for name, rows in (("clean", []), ("validation", held_out), ("test", range(N_TRAIN, N))):
+        x = clusters()[None]
+        x[:, list(rows)] = np.random.default_rng(0).permutation(x[:, list(rows)], axis=1)
+        store = store_of(tmp_path / name, {"x": x}, index)
+        fused = run_probe(pipeline(store, tmp_path, spec)).sources[0].attentive
+        assert fused is not None
+        found.append(fused)
+    clean, validation, test = found
+    assert clean.loss == validation.loss == test.loss
+    assert clean.test == validation.test != test.test
+    assert clean.validation == test.validation != validation.validation
+    assert clean.mean_validation > 0.9 > validation.mean_validation
+
+
+def test_tokens_of_every_shape() -> None:
+    def tokens(dims: str, *shape: int) -> torch.Tensor:
+        array = make_array("x", (3,), "float32")
+        array = array.model_copy(update={"dims": tuple(dims.split()), "shape": shape})
+        x = torch.arange(2 * math.prod(shape), dtype=torch.float32).reshape(2, *shape)
+        return as_tokens(x, array, pool=2)
+
+    maps = tokens("channel height width", 3, 4, 6)
+    whole = torch.arange(144.0).reshape(2, 3, 4, 6)
+    assert maps.shape == (2, 4, 3)
+    torch.testing.assert_close(maps[:, 1], whole[:, :, :2, 3:].mean((2, 3)))
+    assert tokens("channel height width", 3, 1, 6).shape == (2, 2, 3)
+    of_tokens = tokens("token channel", 8, 3)
+    assert of_tokens.shape == (2, 4, 3)
+    first = torch.arange(48.0).reshape(2, 8, 3)[:, :2].mean(1)
+    torch.testing.assert_close(of_tokens[:, 0], first)
+    assert tokens("token channel", 3, 5).shape == (2, 3, 5)
+    assert tokens("channel", 5).shape == (2, 1, 5)
+    assert tokens("channel frame height width", 3, 2, 4, 4).shape == (2, 4, 3)
+
+
+def test_near_neighbours_weigh_more() -> None:
+    """One at cosine 1 against two at cosine 0.8: alone at a low temperature, not at a high one."""
+    train = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.8, -0.6]])
+    labels, asked = torch.tensor([0, 1, 1]), torch.tensor([[1.0, 0.0]])
+    for temperature, want in ((0.07, 1.0), (10.0, 0.0)):
+        knn = KnnSpec(k=(3,), temperature=temperature)
+        found = knn_accuracy(train, labels, asked, torch.tensor([0]), knn, 2)
+        assert found == [(want, 1.0)]
+
+
+def test_attention_on_shuffled_labels_is_at_chance(tmp_path: Path) -> None:
+    shuffled = np.random.default_rng(6).permutation(LABELS)
+    index = toy_index(shuffled.tolist(), SPLITS)
+    store = store_of(tmp_path / "store", {"good": clusters()[None]}, index)
+    short = FUSION.model_copy(update={"epochs": 5})
+    spec = QUICK.model_copy(update={"attentive": short, "epochs": 1})
+    fused = run_probe(pipeline(store, tmp_path, spec)).sources[0].attentive
+    assert fused is not None
+    low, high = fused.sampling_interval
+    assert low < 0.25 < high
+
+
+def test_sweep_extracts_a_few_and_ranks(tmp_path: Path) -> None:
+    """Real digits through the bundled backbone; the ranking is that of the validation part."""
+    index = digits_index(tmp_path / "tars")
+    recipe = Pipeline.load(find_recipe("digits")).model_dump(
+        exclude_unset=True, exclude={"distill", "cluster", "retrieve"}
+    )
+    tars = {name: str(tmp_path / "tars" / f"{name}.tar") for name in ("train", "test")}
+    sweepable = Pipeline.parse(
+        {
+            **recipe,
+            "dataset": {"tars": tars},
+            "taps": ["down_blocks.1", "mid_block"],
+            "schedule": {"convention": "ddpm_index", "timesteps": [50, 900]},
+            "store": {"url": str(tmp_path / "store")},
+            "results": str(tmp_path / "results"),
+            "probe": {"epochs": 30, "seeds": [0, 1], "pixels": False},
+        }
+    )
+    file = tmp_path / "p.yaml"
+    file.write_text(sweepable.model_dump_json())
+    done = CliRunner().invoke(app, ["probe", str(file), "--sweep", "160", "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    assert not (tmp_path / "store").exists()
+    result = ProbeResult.load(tmp_path / "results" / "sweep-160" / "probe.json")
+    (source,) = result.sources
+    assert abs(source.n_train + source.n_validation + source.n_test - 160) <= 1
+    lines = [line.split() for line in done.output.splitlines()]
+    ranked = [line[1:3] for line in lines if line and line[0] in ("1", "2", "3", "4")]
+    cells = sorted(source.cells, key=ProbeCell.rank, reverse=True)
+    assert ranked == [[c.tap, f"{c.timestep:g}"] for c in cells]
+    assert cells[0].timestep == 50  # at 900 of 1000 little of the digit is left
+    small, large = (some_samples(index, ("train", "test"), n) for n in (40, 90))
+    keys = [set(one.table["key"].to_pylist()) for one in (small, large)]
+    assert keys[0] < keys[1]
+    with pytest.raises(SpecError, match="labelled samples of split 'test'; want some of each"):
+        some_samples(index, ("train", "test"), 1)
 
 
 def test_test_rows_never_touch_training(tmp_path: Path) -> None:

@@ -15,21 +15,25 @@ from sklearn.decomposition import PCA
 from drl_data.charts import Series, heat_colour, line_chart
 from drl_data.errors import InputError, UserError
 from drl_data.index import SampleIndex
+from drl_data.job_specs import AttentiveSpec, ClusterSpec, KnnSpec, ProbeSpec, RetrieveSpec
 from drl_data.pictures import pca_colours, png_uri, shrunk
-from drl_data.pipeline import DistillSpec, Pipeline, ProbeSpec, StudentSpec
+from drl_data.pipeline import DistillSpec, Pipeline, StudentSpec
 from drl_data.plan import InvalidRow
 from drl_data.report import human_bytes, write_report
 from drl_data.shards import Array
 from drl_data.store import FeatureStore
+from drl_data.tasks.cluster import run_cluster
 from drl_data.tasks.distill import run_distill
 from drl_data.tasks.probe import ProbeResult, run_probe
+from drl_data.tasks.retrieve import run_retrieve
 from drl_data.threads import one_thread
 from tests.stores import RUN, make_array, make_spec, make_times
 from tests.task_stores import digits_index, noise, pipeline_of, store_of
 
 VOID = {"meta", "img", "line", "circle", "polyline"}
 MAX_BYTES = 3_000_000
-PROBE = ProbeSpec(epochs=2, seeds=(0, 1))
+FUSION = AttentiveSpec(width=8, heads=2, epochs=1)
+PROBE = ProbeSpec(epochs=2, seeds=(0, 1), knn=KnnSpec(k=(7,)), attentive=FUSION)
 DISTILL = DistillSpec(
     tap="map",
     timestep=10,
@@ -159,6 +163,33 @@ def test_heat_map_has_every_cell_and_frames_the_best_by_validation(
     for cell in result.sources[0].cells:
         assert f"{100 * cell.mean_test:.1f}" in page.text
     assert f"{result.sources[1].best.mean_test:.1%}".replace("%", " %") in page.text  # pixels
+
+
+def test_votes_and_fusion_have_their_lines(
+    full: tuple[FeatureStore, ProbeResult, Page, Path],
+) -> None:
+    _, result, page, _ = full
+    (source, _) = result.sources
+    assert source.best_knn is not None
+    assert source.attentive is not None
+    assert "toy, 7 neighbours" in page.text
+    assert f"{source.best_knn.test:.1%}".replace("%", " %") in page.text
+    assert "6 cells fused" in page.text
+    assert f"{source.attentive.mean_test:.1%}".replace("%", " %") in page.text
+
+
+def test_results_of_another_store_are_left_out(index: SampleIndex, tmp_path: Path) -> None:
+    one = store_of(tmp_path / "one", {"x": noise(1, index.n_samples, 6)}, index)
+    two = store_of(tmp_path / "two", {"y": noise(1, index.n_samples, 6)}, index, dataset="e" * 64)
+    jobs = {"cluster": ClusterSpec(tap="x", k=3), "retrieve": RetrieveSpec(tap="x", k=3)}
+    run_cluster(pipeline_of(one, tmp_path, **jobs))
+    run_retrieve(pipeline_of(one, tmp_path, **jobs))
+    assert {"clusters", "neighbours"} <= set(
+        Page.read(write_report(pipeline_of(one, tmp_path))).ids
+    )
+    assert not {"clusters", "neighbours"} & set(
+        Page.read(write_report(pipeline_of(two, tmp_path))).ids
+    )
 
 
 def test_invalid_rows_are_listed(full: tuple[FeatureStore, ProbeResult, Page, Path]) -> None:

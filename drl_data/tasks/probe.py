@@ -13,20 +13,35 @@ from pathlib import Path
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
 from drl_data.errors import SpecError, redacted
 from drl_data.intervals import t_interval, wilson_interval
-from drl_data.linear_probes import PIXELS_KEY, LinearProbes, PooledFeatures, ProbeSplit
-from drl_data.pipeline import Pipeline, ProbeSpec
+from drl_data.job_specs import ProbeSpec
+from drl_data.linear_probes import (
+    PIXELS_KEY,
+    TOP,
+    LinearProbes,
+    PooledFeatures,
+    ProbeSplit,
+    Scores,
+    settings,
+)
+from drl_data.pipeline import Pipeline
 from drl_data.progress import SILENT, Progress
 from drl_data.results import TaskResult
 from drl_data.spec_base import Spec
 from drl_data.splits import finished_store
 from drl_data.store import FeatureStore
+from drl_data.tasks.attentive import AttentiveFound, run_attentive
+from drl_data.tasks.knn_probe import KnnCell, knn_cells
 from drl_data.threads import one_thread
 
 PIXELS = "pixels"
 """Name of the source that has no backbone at all."""
+
+DIVERGED = 1e9
+"""Stands for a loss that is not finite: of a learning rate that was too high."""
 
 
 # --- results ------------------------------------------------------------------------------------
@@ -42,6 +57,11 @@ class ProbeCell(Spec):
     validation_loss: tuple[float, ...]
     """Cross-entropy in nats; decides between cells of equal validation accuracy."""
     test: tuple[float, ...]
+    test_top5: tuple[float, ...] = ()
+    """Empty where there are no more than five classes."""
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    """The pair of the spec that is best on validation, of several."""
 
     @property
     def mean_validation(self) -> float:
@@ -52,6 +72,10 @@ class ProbeCell(Spec):
     def mean_test(self) -> float:
         """Mean over seeds."""
         return statistics.fmean(self.test)
+
+    def rank(self) -> tuple[float, float]:
+        """Better cells have greater ranks; the test split has no say."""
+        return self.mean_validation, -statistics.fmean(self.validation_loss)
 
 
 class ProbeSource(Spec):
@@ -64,13 +88,24 @@ class ProbeSource(Spec):
     n_train: int
     n_validation: int
     n_test: int
+    knn: tuple[KnnCell, ...] = ()
+    attentive: AttentiveFound | None = None
+
+    @property
+    def best_knn(self) -> KnnCell | None:
+        """The cell whose neighbours vote best on validation, if they were asked."""
+        return max(self.knn, key=lambda cell: cell.validation, default=None)
+
+    @property
+    def knn_interval(self) -> tuple[float, float]:
+        """95 % interval that the size of the test split leaves open (Wilson 1927)."""
+        assert self.best_knn is not None
+        return wilson_interval(self.best_knn.test, self.n_test)
 
     @property
     def best(self) -> ProbeCell:
         """The cell with the best mean validation accuracy; the test split has no say."""
-        return max(
-            self.cells, key=lambda c: (c.mean_validation, -statistics.fmean(c.validation_loss))
-        )
+        return max(self.cells, key=ProbeCell.rank)
 
     @property
     def seed_interval(self) -> tuple[float, float]:
@@ -129,6 +164,37 @@ def format_table(result: ProbeResult) -> Table:
             _span(source.seed_interval),
             _span(source.sampling_interval),
         )
+        if (knn := source.best_knn) is not None:
+            table.add_row(
+                f"{source.label}, {knn.k} neighbours",
+                knn.tap,
+                "" if knn.timestep is None else f"{knn.timestep:g}",
+                f"{knn.validation:.1%}",
+                f"{knn.test:.1%}",
+                "",
+                _span(source.knn_interval),
+            )
+        if (fused := source.attentive) is not None:
+            table.add_row(
+                f"{source.label}, attentive",
+                f"{fused.n_cells} cells fused",
+                "",
+                f"{fused.mean_validation:.1%}",
+                f"{fused.mean_test:.1%}",
+                _span(fused.seed_interval),
+                _span(fused.sampling_interval),
+            )
+    return table
+
+
+def format_ranking(result: ProbeResult, n: int = 30) -> Table:
+    """For the terminal: the cells of the first source, best by validation first."""
+    cells = sorted(result.sources[0].cells, key=ProbeCell.rank, reverse=True)
+    table = Table("rank", "tap", "timestep", "validation", "test", box=None)
+    for place, cell in enumerate(cells[:n], 1):
+        when = "" if cell.timestep is None else f"{cell.timestep:g}"
+        shown = (f"{cell.mean_validation:.1%}", f"{cell.mean_test:.1%}")
+        table.add_row(str(place), cell.tap, when, *shown)
     return table
 
 
@@ -164,16 +230,24 @@ def run_probe(
     }
     sources: list[ProbeSource] = []
     pixels: list[ProbeSource] = []
-    with progress.bar("probe", len(stores) * spec.epochs, "epochs") as bar:
+    n_epochs = spec.epochs + (spec.attentive.epochs if spec.attentive else 0)
+    with progress.bar("probe", len(stores) * n_epochs, "epochs") as bar:
         for label, store in stores.items():
             part = split if store is own else ProbeSplit.of(store, spec)
             data = PooledFeatures(store, spec, part, pixels=spec.pixels and store is own)
-            probes = LinearProbes(data.shapes, split.n_classes, spec.seeds, device)
+            n_settings = len(settings(spec))
+            probes = LinearProbes(data.shapes, split.n_classes, spec.seeds, device, n_settings)
             with one_thread(probes.small):
                 probes.standardise(data)
                 for loss in probes.train(data, spec):
                     bar.advance(loss=loss)
-                found = _sources(label, store, probes, data)
+                found = _sources(label, store, probes, data, spec)
+            if spec.knn is not None:
+                cells = knn_cells(store, spec, spec.knn, part, device)
+                found[0] = found[0].model_copy(update={"knn": cells})
+            if spec.attentive is not None:
+                fused = run_attentive(store, spec, spec.attentive, part, device, bar)
+                found[0] = found[0].model_copy(update={"attentive": fused})
             sources.append(found[0])
             pixels.extend(found[1:])
     result = ProbeResult(
@@ -203,38 +277,68 @@ def _compared_store(label: str, path: str, own: FeatureStore) -> FeatureStore:
 
 
 def _sources(
-    label: str, store: FeatureStore, probes: LinearProbes, data: PooledFeatures
+    label: str,
+    store: FeatureStore,
+    probes: LinearProbes,
+    data: PooledFeatures,
+    spec: ProbeSpec,
 ) -> list[ProbeSource]:
     """The store's cells and, if they were probed, the pixels'."""
     validation = probes.score(data, data.split.validation, data.train_split)
     test = probes.score(data, data.split.test, data.test_split)
-    counts = {
-        "n_train": len(data.split.train),
-        "n_validation": len(data.split.validation),
-        "n_test": len(data.split.test),
-    }
+
+    def source(label: str, of: FeatureStore | None, cells: Sequence[ProbeCell]) -> ProbeSource:
+        return ProbeSource(
+            label=label,
+            store=None if of is None else redacted(of.url),
+            fingerprint=None if of is None else of.fingerprint,
+            cells=tuple(cells),
+            n_train=len(data.split.train),
+            n_validation=len(data.split.validation),
+            n_test=len(data.split.test),
+        )
 
     def cells(name: str, times: Sequence[float | None]) -> list[ProbeCell]:
         return [
-            ProbeCell(
-                tap=PIXELS if name == PIXELS_KEY else name,
-                timestep=timestep,
-                validation=tuple(validation[name].accuracy[t].tolist()),
-                validation_loss=tuple(validation[name].loss[t].tolist()),
-                test=tuple(test[name].accuracy[t].tolist()),
-            )
+            _cell(PIXELS if name == PIXELS_KEY else name, timestep, t, validation[name], test[name],
+                  spec, data.split.n_classes)
             for t, timestep in enumerate(times)
-        ]
+        ]  # fmt: skip
 
     times = [when.requested for when in store.times]
-    own = ProbeSource(
-        label=label,
-        store=redacted(store.url),
-        fingerprint=store.fingerprint,
-        cells=tuple(cell for a in store.features for cell in cells(a.name, times)),
-        **counts,
-    )
+    own = source(label, store, [cell for a in store.features for cell in cells(a.name, times)])
     if PIXELS_KEY not in data.shapes:
         return [own]
-    floor = tuple(cells(PIXELS_KEY, [None]))
-    return [own, ProbeSource(label=PIXELS, store=None, fingerprint=None, cells=floor, **counts)]
+    return [own, source(PIXELS, None, cells(PIXELS_KEY, [None]))]
+
+
+def _cell(
+    tap: str,
+    timestep: float | None,
+    t: int,
+    validation: Scores,
+    test: Scores,
+    spec: ProbeSpec,
+    n_classes: int,
+) -> ProbeCell:
+    """The cell with the setting that is best on validation, the first of equals."""
+    pairs, n_seeds = settings(spec), len(spec.seeds)
+
+    def seeds_of(scores: Tensor, setting: int) -> tuple[float, ...]:
+        heads = scores[t, setting * n_seeds : (setting + 1) * n_seeds]
+        return tuple(heads.nan_to_num(DIVERGED, DIVERGED).tolist())
+
+    def cell(setting: int) -> ProbeCell:
+        rate, decay = pairs[setting]
+        return ProbeCell(
+            tap=tap,
+            timestep=timestep,
+            validation=seeds_of(validation.accuracy, setting),
+            validation_loss=seeds_of(validation.loss, setting),
+            test=seeds_of(test.accuracy, setting),
+            test_top5=seeds_of(test.top5, setting) if n_classes > TOP else (),
+            learning_rate=rate if len(pairs) > 1 else None,
+            weight_decay=decay if len(pairs) > 1 else None,
+        )
+
+    return max((cell(i) for i in range(len(pairs))), key=ProbeCell.rank)
