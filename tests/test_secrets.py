@@ -26,8 +26,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drl_data import cli
+from drl_data.answers import describe
 from drl_data.errors import DrlDataError, ImageError, InputError, ObjectError, is_redacted, redacted
-from drl_data.executors import describe
 from drl_data.index import SampleIndex, build_index
 from drl_data.objects import join_url, open_folder, open_parent, split_url
 from drl_data.pipeline import Pipeline

@@ -32,10 +32,11 @@ from drl_data.diffusion_spec import ConditionSpec, NoiseSpec, ScheduleSpec
 from drl_data.errors import ImageError, SpecError, TapError, WeightsError
 from drl_data.images import ImageBatch, decode_image, decode_views, read_batches
 from drl_data.index import build_index
-from drl_data.linear_probes import _flat_pixels, _pooled
+from drl_data.linear_probes import _flat_pixels
 from drl_data.noise import batch_noise
 from drl_data.pipeline import Pipeline, StudentSpec
 from drl_data.plan import Unit
+from drl_data.pooling import pooled
 from drl_data.reduce import VIDEO, reduce
 from drl_data.rehearse import rehearsal
 from drl_data.runs import extract
@@ -215,8 +216,8 @@ def test_noise_of_videos() -> None:
 
 def test_probes_average_frames() -> None:
     x = randn(2, 1, 5, 3, 4, 6)
-    assert torch.allclose(_pooled(x, VIDEO, 1), x.mean((3, 4, 5)), atol=1e-6)
-    assert _pooled(x, VIDEO, 2).shape == (2, 1, 20)
+    assert torch.allclose(pooled(x, VIDEO, 1), x.mean((3, 4, 5)), atol=1e-6)
+    assert pooled(x, VIDEO, 2).shape == (2, 1, 20)
     pixels = torch.randint(0, 256, (2, 3, 4, 8, 8), dtype=torch.uint8)
     flat = _flat_pixels(pixels)
     assert torch.allclose(flat, pixels.float().mean(2).flatten(1)[:, None] / 255)
