@@ -2,8 +2,8 @@
 
     python benchmarks/many_units.py [--units 2200] [--after 200] [--folder DIR]
 
-prints a line of JSON: `Memory` after so many units and after all of them. Images of 8x8 pixels, one
-a unit, through a small UNet, on one CPU. `measure` runs it in a fresh process.
+prints a line of JSON: `Memory` after so many units, after all of them, and after the seal. Images
+of 8x8 pixels, one a unit, through a small UNet, on one CPU. `measure` runs it in a fresh process.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import gc
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -35,20 +36,22 @@ class Memory:
 
     n_units: int
     resident_bytes: int
+    peak_bytes: int
+    """The most that was resident so far."""
     python_blocks: int
     """Pieces of memory that Python objects hold."""
 
 
-def measure(n_units: int, after: int, folder: Path | None = None) -> tuple[Memory, Memory]:
-    """Memory after `after` units and after all, of a run of `n_units` in a fresh process."""
+def measure(n_units: int, after: int, folder: Path | None = None) -> tuple[Memory, ...]:
+    """Memory after `after` units, after all, and after the seal, of a run of `n_units` in a fresh
+    process."""
     command = [sys.executable, __file__, "--units", str(n_units), "--after", str(after)]
     if folder is not None:
         command += ["--folder", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)
-    first, last = (Memory(**found) for found in json.loads(done.stdout.splitlines()[-1]))
-    return first, last
+    return tuple(Memory(**found) for found in json.loads(done.stdout.splitlines()[-1]))
 
 
 class _Watch:
@@ -71,11 +74,16 @@ class _Watch:
     def advance(self, n: int = 1, **numbers: float) -> None:
         self._n_units += 1
         if self._n_units in self._at:
-            gc.collect()
-            with open("/proc/self/statm") as file:
-                pages = int(file.read().split()[1])
-            resident = pages * os.sysconf("SC_PAGE_SIZE")
-            self.seen.append(Memory(self._n_units, resident, sys.getallocatedblocks()))
+            self.look()
+
+    def look(self) -> None:
+        """Note what this process holds now."""
+        gc.collect()
+        with open("/proc/self/statm") as file:
+            pages = int(file.read().split()[1])
+        resident = pages * os.sysconf("SC_PAGE_SIZE")
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.seen.append(Memory(self._n_units, resident, peak, sys.getallocatedblocks()))
 
 
 def _run(n_units: int, after: int, folder: Path) -> list[Memory]:
@@ -105,6 +113,7 @@ def _run(n_units: int, after: int, folder: Path) -> list[Memory]:
     summary = extract(pipeline, progress=watch)
     if summary.n_ok != n_units or not summary.store.sealed:
         raise RuntimeError(f"{summary.n_ok} of {n_units} rows; {summary.failed[:3]}")
+    watch.look()
     return watch.seen
 
 

@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, TypeVar
@@ -27,6 +28,7 @@ from drl_data.pipeline import Pipeline, RunSpec, StoreSpec
 from drl_data.stopping import Stop
 
 if TYPE_CHECKING:
+    from drl_data.plan import InvalidRow
     from drl_data.receipts import Reused
     from drl_data.repair import Repair
     from drl_data.runs import Prepared, RunSummary
@@ -351,15 +353,15 @@ def merge(
 @app.command()
 def status(url: StoreUrl) -> None:
     """Units done and pending, samples ok and invalid, with reasons; from receipts alone."""
+    from drl_data.ledger import Ledger
     from drl_data.store import FeatureStore
 
     store = FeatureStore.open(url)
-    receipts = store.receipts()
-    n_ok = sum(receipt.n_ok for receipt in receipts.values())
+    ledger = Ledger(store.iter_receipts())
     state = "sealed" if store.sealed else "open"
     out.print(
-        f"{redacted(url)}: {state}, {len(receipts)} of {len(store.units)} units done, {n_ok} of "
-        f"{store.spec.n_samples} samples ok; fingerprint {store.fingerprint}",
+        f"{redacted(url)}: {state}, {ledger.n_units} of {len(store.units)} units done, "
+        f"{ledger.n_ok} of {store.spec.n_samples} samples ok; fingerprint {store.fingerprint}",
         soft_wrap=True,
     )
     for array in store.arrays:
@@ -367,7 +369,7 @@ def status(url: StoreUrl) -> None:
         out.print(f"  {array.name}: {array.tap} {shape} {array.dtype}", soft_wrap=True)
     steps = ", ".join(f"{time.requested:g}" for time in store.times)
     out.print(f"  timesteps: {steps}", soft_wrap=True)
-    raise typer.Exit(1 if _print_invalid(store) else 0)
+    raise typer.Exit(1 if _print_rows(ledger.invalid) else 0)
 
 
 @app.command()
@@ -729,7 +731,10 @@ def describe_reused(old: Reused) -> str:
 
 def _print_invalid(store: FeatureStore) -> int:
     """List the rows that have no features, at most 20; returns how many there are."""
-    rows = [row for receipt in store.receipts().values() for row in receipt.invalid]
+    return _print_rows([row for receipt in store.iter_receipts() for row in receipt.invalid])
+
+
+def _print_rows(rows: Sequence[InvalidRow]) -> int:
     for row in rows[:MAX_LISTED]:
         err.print(
             f"[yellow]invalid:[/] row {row.row}, {escape(visible(row.key))}: {row.stage}: "

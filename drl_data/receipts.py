@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated
 
-import numpy as np
-import pyarrow as pa
 from pydantic import AfterValidator, Field, JsonValue, ValidationError, model_validator
 
 from drl_data.checksums import checked_json, parse_json, signed_json
 from drl_data.errors import StoreError, redacted
-from drl_data.index import SampleIndex
 from drl_data.objects import Buffer
 from drl_data.plan import InvalidRow, Unit
 from drl_data.spec import FORMAT_VERSION
@@ -183,22 +179,3 @@ def receipt_path(unit: Unit) -> str:
 def fit_path(array: str) -> str:
     """Path of the object that an array's fitted reduction is in."""
     return f"fits/{array}.safetensors"
-
-
-def sample_table(index: SampleIndex, receipts: Mapping[int, Receipt]) -> pa.Table:
-    """One line per sample, in row order: `FeatureStore.samples` names the columns."""
-    n = index.n_samples
-    status = np.full(n, "pending", object)
-    stage, reason = np.full(n, None, object), np.full(n, None, object)
-    for receipt in receipts.values():
-        status[receipt.start : receipt.stop] = "ok"
-        for row in receipt.invalid:
-            status[row.row], stage[row.row], reason[row.row] = "invalid", row.stage, row.reason
-    urls = np.array([tar.public_url for tar in index.tars], object)
-    table = index.table.select(["key", "split", "label", "caption"])
-    table = table.add_column(0, "row", pa.array(np.arange(n)))
-    tars = urls[np.asarray(index.table["tar"])]
-    table = table.add_column(3, "tar", pa.array(tars, pa.string()))
-    for name, values in (("status", status), ("stage", stage), ("reason", reason)):
-        table = table.append_column(name, pa.array(values, pa.string()))
-    return table

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -12,8 +10,8 @@ import pyarrow.parquet as pq
 from pydantic import JsonValue
 
 from drl_data.errors import StoreError
+from drl_data.ledger import Ledger
 from drl_data.objects import Buffer
-from drl_data.receipts import Receipt, sample_table
 from drl_data.shards import crc32c
 from drl_data.spec import FORMAT_VERSION
 from drl_data.spec_base import canonical_json
@@ -26,20 +24,17 @@ MAX_NAMED = 3
 """Problems that a message spells out."""
 
 
-def seal_content(receipts: Mapping[int, Receipt], samples: Buffer) -> dict[str, JsonValue]:
+def seal_content(ledger: Ledger, samples: Buffer) -> dict[str, JsonValue]:
     """What `sealed.json` holds: counts, the sample table's checksum, a digest of all receipts.
 
     `content` is equal for two stores with the same features, however they were computed.
     """
-    digest = hashlib.sha256()
-    for unit in sorted(receipts):
-        digest.update(canonical_json(receipts[unit].content()))
     return {
         "format": FORMAT_VERSION,
-        "n_units": len(receipts),
-        "n_ok": sum(receipt.n_ok for receipt in receipts.values()),
-        "n_invalid": sum(receipt.n_invalid for receipt in receipts.values()),
-        "content": digest.hexdigest(),
+        "n_units": ledger.n_units,
+        "n_ok": ledger.n_ok,
+        "n_invalid": ledger.n_invalid,
+        "content": ledger.content,
         "samples": {"n_bytes": memoryview(samples).nbytes, "crc32c": crc32c([samples])},
     }
 
@@ -52,53 +47,49 @@ def seal(store: FeatureStore) -> None:
             other samples, or rows are not accounted for exactly once.
     """
     sizes = {info.path: info.size for info in store.folder.list()}
-    reports = check_units(store, sizes, store.index, deep=False)
-    receipts = {r.receipt.unit: r.receipt for r in reports if r.receipt is not None}
+    ledger, named, n_problems = Ledger(), "", 0
+    for report in check_units(store, sizes, store.index, deep=False):
+        if report.receipt is not None:
+            ledger.add(report.receipt)
+        for problem in report.problems:
+            n_problems += 1
+            named += f"\n  {problem}" if n_problems <= MAX_NAMED else ""
     pending = [unit.id for unit in store.pending()]
     if pending:
         raise StoreError(
             f"{store.url}: {len(pending)} of {len(store.units)} units have no receipt, the first "
             f"is unit {pending[0]}; run `drl extract` again before sealing"
         )
-    problems = [problem for report in reports for problem in report.problems]
-    if problems:
-        named = "".join(f"\n  {problem}" for problem in problems[:MAX_NAMED])
+    if n_problems:
         raise StoreError(
-            f"{store.url}: not sealed, because {len(problems)} things are not as the receipts "
+            f"{store.url}: not sealed, because {n_problems} things are not as the receipts "
             f"say:{named}"
         )
-    table = sample_table(store.index, receipts)
-    require_accounted(store, receipts, table)
+    table = ledger.sample_table(store.index)
+    require_accounted(store, ledger, table)
     samples = _put_samples(store, table)
-    store.folder.put_if_absent("sealed.json", [canonical_json(seal_content(receipts, samples))])
+    store.folder.put_if_absent("sealed.json", [canonical_json(seal_content(ledger, samples))])
 
 
-def require_accounted(
-    store: FeatureStore, receipts: Mapping[int, Receipt], table: pa.Table
-) -> None:
+def require_accounted(store: FeatureStore, ledger: Ledger, table: pa.Table) -> None:
     """n_in = n_ok + n_invalid: over all receipts, and in the sample table.
 
     Raises:
         StoreError: naming both sides.
     """
-    n_ok = sum(receipt.n_ok for receipt in receipts.values())
-    n_invalid = sum(receipt.n_invalid for receipt in receipts.values())
     n_in = store.spec.n_samples
-    covered = 0
-    for unit in store.units:
-        receipt = receipts[unit.id]
-        if receipt.start != covered:
-            raise StoreError(
-                f"{store.url}: the receipt of unit {unit.id} has rows {receipt.start}.."
-                f"{receipt.stop}, want them to begin at row {covered}: each row exactly once"
-            )
-        covered = receipt.stop
+    if ledger.spans != [(0, n_in)]:
+        raise StoreError(
+            f"{store.url}: the receipts have rows {ledger.spans[:MAX_NAMED]}, want 0..{n_in}: each "
+            "row exactly once"
+        )
     status = table.column("status")
     in_table = [int(pc.sum(pc.equal(status, name)).as_py() or 0) for name in ("ok", "invalid")]
-    if covered != n_in or n_ok + n_invalid != n_in or in_table != [n_ok, n_invalid]:
+    counted = [ledger.n_ok, ledger.n_invalid]
+    if sum(counted) != n_in or in_table != counted:
         raise StoreError(
-            f"{store.url}: {n_in} samples went in; receipts have {n_ok} ok + {n_invalid} invalid "
-            f"of {covered} rows, the sample table {in_table[0]} ok + {in_table[1]} invalid"
+            f"{store.url}: {n_in} samples went in; receipts have {counted[0]} ok + {counted[1]} "
+            f"invalid, the sample table {in_table[0]} ok + {in_table[1]} invalid"
         )
 
 

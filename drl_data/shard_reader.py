@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import mmap
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -47,6 +47,12 @@ def in_threads(task: Callable[[T], R], items: Sequence[T]) -> list[R]:
         return []
     with ThreadPoolExecutor(min(N_THREADS, len(items))) as pool:
         return list(pool.map(task, items))
+
+
+def in_turn(task: Callable[[T], R], items: Sequence[T], block: int = 256) -> Iterator[R]:
+    """As `in_threads`, but a block of items at a time, so that results need not all be held."""
+    for start in range(0, len(items), block):
+        yield from in_threads(task, items[start : start + block])
 
 
 class ShardReader:

@@ -9,7 +9,7 @@ The store takes and returns NumPy arrays; bfloat16 features travel as their uint
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -25,6 +25,7 @@ from drl_data.errors import (
     redacted,
 )
 from drl_data.index import SampleIndex, TarInfo
+from drl_data.ledger import Ledger
 from drl_data.objects import Folder, open_folder
 from drl_data.plan import InvalidRow, Unit, plan_units
 from drl_data.receipts import (
@@ -33,10 +34,9 @@ from drl_data.receipts import (
     RunRecord,
     UnitCounts,
     receipt_path,
-    sample_table,
 )
 from drl_data.sealing import seal
-from drl_data.shard_reader import ShardReader, in_threads
+from drl_data.shard_reader import ShardReader, in_threads, in_turn
 from drl_data.shards import Array
 from drl_data.spec import ArraySpec, DatasetSpec, FeatureSpec, ResolvedTime
 from drl_data.store_metadata import (
@@ -320,10 +320,13 @@ class FeatureStore:
 
     def receipts(self) -> dict[int, Receipt]:
         """Unit id -> receipt of every unit that is done."""
+        return {receipt.unit: receipt for receipt in self.iter_receipts()}
+
+    def iter_receipts(self) -> Iterator[Receipt]:
+        """Receipts of the units that are done, in order; some hundred are held at a time."""
         pending = {unit.id for unit in self.pending()}
         done = [unit for unit in self.units if unit.id not in pending]
-        found = in_threads(self.receipt, done)
-        return {receipt.unit: receipt for receipt in found if receipt is not None}
+        return (receipt for receipt in in_turn(self.receipt, done) if receipt is not None)
 
     def pending(self, units: Iterable[Unit] | None = None) -> list[Unit]:
         """Units without a receipt, of `units` or of all, in their order; one listing."""
@@ -355,7 +358,7 @@ class FeatureStore:
         """
         if self.sealed:
             return self._sealed_samples()
-        return sample_table(self.index, self.receipts())
+        return Ledger(self.iter_receipts()).sample_table(self.index)
 
     def _sealed_samples(self, columns: list[str] | None = None) -> pa.Table:
         data = pa.BufferReader(self.folder.get("samples.parquet"))
@@ -373,7 +376,7 @@ class FeatureStore:
             table = self._sealed_samples(["status"])
             return np.array([status == "ok" for status in table["status"].to_pylist()], np.bool_)
         valid = np.zeros(self.spec.n_samples, np.bool_)
-        for receipt in self.receipts().values():
+        for receipt in self.iter_receipts():
             valid[receipt.start : receipt.stop] = True
             valid[[row.row for row in receipt.invalid]] = False
         return valid

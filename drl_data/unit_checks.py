@@ -13,7 +13,7 @@ from drl_data.errors import ObjectError, ObjectNotFoundError, StoreError
 from drl_data.index import SampleIndex
 from drl_data.plan import Unit
 from drl_data.receipts import Receipt, fit_path, receipt_path
-from drl_data.shard_reader import in_threads
+from drl_data.shard_reader import in_turn
 from drl_data.shards import crc32c, non_finite_rows
 
 if TYPE_CHECKING:
@@ -51,10 +51,10 @@ class UnitReport:
 
 def check_units(
     store: FeatureStore, sizes: Sizes, index: SampleIndex | None, *, deep: bool
-) -> list[UnitReport]:
+) -> Iterator[UnitReport]:
     """What is wrong with each unit, in order; without `index` samples are not compared."""
     fits = {path: crc32c([store.folder.get(path)]) for path in sizes if path.startswith("fits/")}
-    return in_threads(partial(_check_unit, store, sizes, index, fits, deep), store.units)
+    return in_turn(partial(_check_unit, store, sizes, index, fits, deep), store.units)
 
 
 def _check_unit(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -11,13 +11,14 @@ from pydantic import JsonValue
 from drl_data.checksums import parse_json
 from drl_data.errors import InputError, ObjectNotFoundError, StoreError
 from drl_data.index import SampleIndex
+from drl_data.ledger import Ledger
 from drl_data.objects import Buffer
-from drl_data.receipts import Receipt, fit_path, receipt_path, sample_table
+from drl_data.receipts import fit_path, receipt_path
 from drl_data.sealing import require_accounted, same_table, seal_content
 from drl_data.shards import crc32c
 from drl_data.spec import FORMAT_VERSION
 from drl_data.spec_base import canonical_json
-from drl_data.unit_checks import REPAIR, Problem, Sizes, UnitReport, check_units
+from drl_data.unit_checks import REPAIR, Problem, Sizes, check_units
 
 if TYPE_CHECKING:
     from drl_data.store import FeatureStore
@@ -27,12 +28,12 @@ def verify(store: FeatureStore, *, deep: bool) -> list[Problem]:
     """Problems of the store's own objects first, then of each unit in order."""
     sizes = {info.path: info.size for info in store.folder.list()}
     own, index = check_own(store, sizes)
-    reports = check_units(store, sizes, index, deep=deep)
-    return [
-        *own,
-        *(problem for report in reports for problem in report.problems),
-        *check_seal(store, sizes, reports, index, deep=deep),
-    ]
+    ledger, problems = Ledger(), own
+    for report in check_units(store, sizes, index, deep=deep):
+        problems.extend(report.problems)
+        if report.receipt is not None:
+            ledger.add(report.receipt)
+    return [*problems, *check_seal(store, sizes, ledger, index, deep=deep)]
 
 
 def foreign_objects(store: FeatureStore) -> list[str]:
@@ -98,12 +99,12 @@ def check_index(store: FeatureStore, sizes: Sizes) -> tuple[list[Problem], Sampl
 def check_seal(
     store: FeatureStore,
     sizes: Sizes,
-    reports: list[UnitReport],
+    ledger: Ledger,
     index: SampleIndex | None,
     *,
     deep: bool,
 ) -> Iterator[Problem]:
-    """What is wrong with the seal, where there is one."""
+    """What is wrong with the seal, where there is one; `ledger` has all sound receipts."""
     if "sealed.json" not in sizes:
         return
     try:
@@ -112,18 +113,17 @@ def check_seal(
         what = "missing, though the store is sealed"
         yield Problem(None, "samples.parquet", what, REPAIR)
         return
-    receipts = {r.receipt.unit: r.receipt for r in reports if r.receipt is not None}
-    want = seal_content(receipts, samples)
+    want = seal_content(ledger, samples)
     sealed = store.folder.get("sealed.json")
-    if len(receipts) < len(reports):  # the seal's digest is of all receipts
+    if ledger.n_units < len(store.units):  # the seal's digest is of all receipts
         same = _samples_of(sealed) == want["samples"]
     else:
         same = bytes(sealed) == canonical_json(want)
     if not same:
         what = "does not match the receipts or samples.parquet"
         yield Problem(None, "sealed.json", what, REPAIR)
-    elif deep and index is not None and len(receipts) == len(reports):
-        yield from _check_samples(store, receipts, index, samples)
+    elif deep and index is not None and ledger.n_units == len(store.units):
+        yield from _check_samples(store, ledger, index, samples)
 
 
 def _samples_of(sealed: Buffer) -> JsonValue:
@@ -135,13 +135,13 @@ def _samples_of(sealed: Buffer) -> JsonValue:
 
 
 def _check_samples(
-    store: FeatureStore, receipts: Mapping[int, Receipt], index: SampleIndex, samples: Buffer
+    store: FeatureStore, ledger: Ledger, index: SampleIndex, samples: Buffer
 ) -> Iterator[Problem]:
-    table: pa.Table = sample_table(index, receipts)
+    table: pa.Table = ledger.sample_table(index)
     if not same_table(samples, table):
         what = "not the statuses that the receipts say"
         yield Problem(None, "samples.parquet", what, REPAIR)
     try:
-        require_accounted(store, receipts, table)
+        require_accounted(store, ledger, table)
     except StoreError as error:
         yield Problem(None, "sealed.json", str(error), REPAIR)
