@@ -287,7 +287,7 @@ def test_principal_components_are_fitted_once_and_kept(
     assert {p.what for p in store.verify(deep=True)} == {"not the fit that the unit was reduced by"}
     path.write_bytes(b"nothing")
     (Path(store.url) / "receipts" / "00000000.json").unlink()
-    with pytest.raises(StoreError, match="not a fit"):
+    with pytest.raises(StoreError, match="not the one, though unit 1 was reduced by it"):
         extract(pipeline(photos, sd, tmp_path / "s", taps=taps))
     path.unlink()
     assert any(p.what.startswith("missing, though") for p in store.verify())
