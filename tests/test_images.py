@@ -291,6 +291,7 @@ def test_an_aspect_that_explodes_is_refused() -> None:
         decode_image(data, spec_of(64, max_pixels=1_000_000))
 
 
+@pytest.mark.filterwarnings("ignore")  # as in every process but one of tests
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"])
 def test_truncated_files_are_image_errors(format: str) -> None:
     data = encode(random_image("RGB", 64, 64), format)
@@ -300,6 +301,7 @@ def test_truncated_files_are_image_errors(format: str) -> None:
         assert caught.value.stage == "decode"
 
 
+@pytest.mark.filterwarnings("ignore")
 @given(st.data())
 @settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 def test_damaged_files_are_images_or_image_errors(data: st.DataObject) -> None:

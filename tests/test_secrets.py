@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from drl_data import cli
@@ -42,6 +42,9 @@ from tests.toy_tars import png, write_tar
 PASSWORD = "pw-Zx81Qh"
 OLD, NEW = "old-Kd93sig%2FA%3D", "new-Pf27sig%2FB%3D"
 SECRETS = (PASSWORD, "Kd93sig", "Pf27sig", base64.b64encode(f"me:{PASSWORD}".encode()).decode())
+
+
+HYPOTHESIS = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 # --- redacted -------------------------------------------------------------------------------------
@@ -78,6 +81,7 @@ def texts(draw: st.DrawFn) -> tuple[str, list[str]]:
     return draw(st.sampled_from([" ", ": ", "\n"])).join(parts), secrets
 
 
+@HYPOTHESIS
 @given(texts())
 def test_no_secret_of_a_url_is_left(found: tuple[str, list[str]]) -> None:
     text, secrets = found
@@ -91,6 +95,7 @@ def test_no_secret_of_a_url_is_left(found: tuple[str, list[str]]) -> None:
     assert not [each for each in secrets if each in ImageError("read", text).reason]
 
 
+@HYPOTHESIS
 @given(st.text("abc /:.,'\"=&-{}[]*", max_size=60).filter(lambda s: "sig=" not in s))
 def test_text_without_secrets_stays(text: str) -> None:
     assert redacted(text) == text or "://" in text
@@ -103,6 +108,7 @@ def test_a_signature_alone_is_hidden(name: str) -> None:
     )
 
 
+@HYPOTHESIS
 @given(schemes.filter(lambda s: s.lower() in ("http", "https")), host, secret, word)
 def test_the_query_of_an_object_stays_with_its_folder(
     scheme: str, host: str, secret: str, name: str
