@@ -75,6 +75,9 @@ class Folder(Protocol):
     def delete(self, path: str) -> None:
         """Remove one object; one that is not there is no error."""
 
+    def copy(self, path: str, to: str) -> bool:
+        """Copy an object inside the server; False where its bytes would pass through here."""
+
     def local_path(self, path: str) -> Path | None:
         """Where the object lies on the local disk, for memory maps; None if it does not."""
 
@@ -163,6 +166,9 @@ class LocalFolder:
         with contextlib.suppress(FileNotFoundError):
             (self.root / path).unlink()
 
+    def copy(self, path: str, to: str) -> bool:
+        return False
+
     def local_path(self, path: str) -> Path | None:
         return self.root / path
 
@@ -235,10 +241,12 @@ class ObstoreFolder:
         with contextlib.suppress(ObjectNotFoundError), _remote_errors(self.url, path):
             obstore.delete(self.store, path)
 
-    def copy(self, path: str, to: str) -> None:
-        """Copy one object to another name below this URL inside the server."""
+    def copy(self, path: str, to: str) -> bool:
+        if self.url.startswith("http"):
+            return False
         with _remote_errors(self.url, path):
             obstore.copy(self.store, path, to)
+        return True
 
     def local_path(self, path: str) -> Path | None:
         return None
@@ -301,6 +309,9 @@ class FsspecFolder:
     def delete(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._full(path))
+
+    def copy(self, path: str, to: str) -> bool:
+        return False
 
     def local_path(self, path: str) -> Path | None:
         return None
