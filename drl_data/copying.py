@@ -18,7 +18,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from drl_data.errors import ConflictError, ObjectNotFoundError, StoreError
-from drl_data.objects import Buffer, Folder, LocalFolder, open_folder
+from drl_data.objects import Buffer, Folder, open_folder
 from drl_data.receipts import ObjectRecord
 from drl_data.shards import crc32c
 
@@ -94,14 +94,14 @@ def copy_object(source: Folder, record: ObjectRecord, target: Folder, path: str)
 
 def _link(source: Folder, name: str, target: Folder, path: str) -> How | None:
     """A hard link; None where there can be none, or something is at the path already."""
-    if not isinstance(source, LocalFolder) or not isinstance(target, LocalFolder):
+    there, made = source.local_path(name), target.local_path(path)
+    if there is None or made is None:
         return None
-    made = target.root / path
     made.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(source.root / name, made)
+        os.link(there, made)
     except FileExistsError:
-        return "linked" if os.path.samefile(source.root / name, made) else None
+        return "linked" if os.path.samefile(there, made) else None
     except OSError as error:
         if error.errno in _NO_LINK:
             return None
@@ -112,15 +112,15 @@ def _link(source: Folder, name: str, target: Folder, path: str) -> How | None:
 def _copy_inside(source: Folder, record: ObjectRecord, target: Folder, path: str) -> How | None:
     """A copy by the server; None where there can be none, or something is at the path already."""
     (root, old), (other_root, new) = (_root_and_key(f.url) for f in (source, target))
-    if root != other_root or target.local_path("") is not None:
+    if root != other_root or source.local_path("") is not None:
         return None
     if not _PLAIN_KEY.fullmatch(old) or not _PLAIN_KEY.fullmatch(new):
         return None
     try:
         target.head(path)
     except ObjectNotFoundError:
-        inside = f"{old}/{record.path}".lstrip("/"), f"{new}/{path}".lstrip("/")
-        return "copied" if _bucket(root).copy(*inside) else None
+        names = (f"{old}/{record.path}".lstrip("/"), f"{new}/{path}".lstrip("/"))
+        return "copied" if _bucket(root).copy(*names) else None
     return None
 
 

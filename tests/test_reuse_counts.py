@@ -110,6 +110,21 @@ def test_policies(
     assert any(receipt.counts.clipped or receipt.counts.non_finite for receipt in receipts)
 
 
+def test_rows_that_a_new_tap_makes_invalid_are_so_in_every_array(
+    grow: Callable[..., RunSummary], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their old shards are no longer right, and are written anew; others are linked."""
+    spoil(monkeypatch, {0: [1e6]}, module="conv_in")
+    policy = {"overflow": "invalid"}
+    new = {"taps": ["mid_block", "conv_in"], "features": policy}
+    summary = grow({"taps": ["mid_block"], "features": policy}, new)
+    receipts = summary.store.receipts()
+    bad = [row.row for r in receipts.values() for row in r.invalid if row.stage == "features"]
+    assert bad == list(WHITE)
+    linked = {unit: sum(old.linked for old in r.run.reused) for unit, r in receipts.items()}
+    assert linked == {0: 0, 1: 2, 2: 0}
+
+
 def test_clipped_values_are_told_from_the_largest_by_their_number(
     grow: Callable[..., RunSummary], monkeypatch: pytest.MonkeyPatch
 ) -> None:
