@@ -152,14 +152,15 @@ def on_ray(what: str) -> Inject:
 
 
 def _actors() -> list[int]:
-    """Process ids of the actors of the Ray that this process started."""
+    """Process ids of our actors in the Ray that this process started (not of its agents, with which
+    a node ends)."""
     found = []
     for pid in descendants(os.getpid()):
         try:
             title = Path(f"/proc/{pid}/cmdline").read_bytes()
         except OSError:
             continue
-        if title.startswith(b"ray::") and b"IDLE" not in title:
+        if title.startswith(b"ray::_Minder"):
             found.append(pid)
     return found
 

@@ -69,6 +69,7 @@ class World:
         os.environ.update(
             PYTHONPATH=str(ROOT),
             OMP_NUM_THREADS="1",
+            RAY_AUTH_MODE="disabled",  # everything is on loopback
             DRL_SOAK_FOLDER=str(folder),
             DRL_SOAK_SLEEP=str(BATCH_S),
         )

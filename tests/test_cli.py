@@ -216,8 +216,8 @@ def start_extract(
         ("local", signal.SIGTERM),
         ("local", signal.SIGINT),
         ("process", signal.SIGINT),
-        pytest.param("ray", signal.SIGINT, marks=pytest.mark.ray),
-        pytest.param("ray", signal.SIGTERM, marks=[pytest.mark.ray, pytest.mark.slow]),
+        pytest.param("ray", signal.SIGINT, marks=[pytest.mark.ray, pytest.mark.soak]),
+        pytest.param("ray", signal.SIGTERM, marks=[pytest.mark.ray, pytest.mark.soak]),
     ],
 )
 def test_a_signal_stops_the_run_and_the_next_one_resumes(

@@ -100,19 +100,21 @@ def blocks(language: str) -> list[str]:
 def test_readme_python_runs(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(demo.parent)
     found = blocks("python")
-    assert len(found) == 3
+    assert len(found) == 4
     namespace: dict[str, object] = {}
     exec(compile(found[0], "README.md", "exec"), namespace)
     assert tuple(namespace["x"].shape[1:]) == (2, 72, 4, 4)
     assert namespace["loss"].item() < 1.0  # of ten classes: 2.3 when nothing was learnt
-    for code in found[1:]:
-        exec(compile(code, "README.md", "exec"), namespace)
+    exec(compile(found[1], "README.md", "exec"), namespace)
     batch = namespace["batch"]
     assert tuple(batch.pixels.shape[1:]) == (1, *namespace["store"].spec.images.size)
     assert batch.features.keys() == {"trained/mid_block", "random/mid_block"}
     assert batch.label.max() < 5
     assert namespace["both"].by_digest("random")
     assert namespace["ready"].row.tolist() != sorted(namespace["ready"].row.tolist())
+    for code in found[2:]:
+        exec(compile(code, "README.md", "exec"), namespace)
+    assert len(namespace["y"]) == len(namespace["batch"].row)
 
 
 def test_readme_pipeline_is_valid() -> None:

@@ -108,7 +108,9 @@ def test_a_driver_that_is_killed_loses_nothing(world: World, tmp_path: Path, pha
     assert_whole(world, tmp_path / "s.zarr")
 
 
-@pytest.mark.parametrize("executor", ["process", pytest.param("ray", marks=[pytest.mark.ray])])
+@pytest.mark.parametrize(
+    "executor", ["process", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.soak])]
+)
 def test_a_driver_that_is_killed_leaves_no_worker(
     world: World, tmp_path: Path, executor: str
 ) -> None:
@@ -160,7 +162,10 @@ def image_bytes(world: World) -> list[bytes]:
 
 @pytest.mark.parametrize(
     ("executor", "how"),
-    [("process", "SIGSEGV"), pytest.param("ray", "SIGKILL", marks=[pytest.mark.ray])],
+    [
+        ("process", "SIGSEGV"),
+        pytest.param("ray", "SIGKILL", marks=[pytest.mark.ray, pytest.mark.soak]),
+    ],
 )
 def test_images_that_kill_are_listed_and_the_rest_of_their_unit_is_computed(
     world: World, tmp_path: Path, request: pytest.FixtureRequest, executor: str, how: str

@@ -23,15 +23,20 @@ ROOT = Path(__file__).parents[1]
 
 PROGRAM = """
 import os
-from drl_data.executors import run_ray
+from drl_data.executors import Workers, run_ray
 from drl_data.plan import plan_units
+from work import make
+
+if __name__ == "__main__":
+    outcomes = run_ray(make, plan_units(3, 1), workers=Workers(gpus=0))
+    print(sorted(o.result for o in outcomes))
+    print(os.environ.get("RAY_AUTH_MODE"))
+"""
+WORK = """
+import os
 
 def make():
     return lambda lease, stop: (lease.unit.id, os.environ.get("RAY_AUTH_MODE"))
-
-if __name__ == "__main__":
-    print(sorted(o.result for o in run_ray(make, plan_units(3, 1), gpus_per_worker=0)))
-    print(os.environ.get("RAY_AUTH_MODE"))
 """
 
 
@@ -50,13 +55,14 @@ def test_a_local_ray_has_tokens_on(given: str, short_folder: Path) -> None:
     token = home / ".ray" / "auth_token"
     token.parent.mkdir(parents=True)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    environment |= {"HOME": str(home), "RAY_TMPDIR": str(short_folder), "PYTHONPATH": str(ROOT)}
-    environment["OMP_NUM_THREADS"] = "1"
+    environment |= {"HOME": str(home), "RAY_TMPDIR": str(short_folder), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{short_folder}"
     secret = "0123456789abcdef" * 3
     if given == "file":
         token.write_text(secret)
     script = short_folder / "program.py"
     script.write_text(PROGRAM)
+    (short_folder / "work.py").write_text(WORK)
     done = subprocess.run(
         [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=120
     )
