@@ -113,8 +113,8 @@ def test_rounding_is_within_the_tolerance_and_other_content_is_not(
     error = error * norm.reshape(-1, *[1] * len(shape)) * size
     found = compare_rows(array, stored(array, x + error), stored(array, x), limit)
     assert found.within, found
-    other = features(16, shape, seed + 200)
-    found = compare_rows(array, stored(array, other), stored(array, x), limit)
+    # The opposite, for six random values are at times within what 8-bit floating point rounds.
+    found = compare_rows(array, stored(array, -x), stored(array, x), limit)
     assert found.n_beyond == found.n_differing == found.n_rows == 16
 
 
