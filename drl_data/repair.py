@@ -25,7 +25,6 @@ from drl_data.ledger import Ledger
 from drl_data.objects import open_folder
 from drl_data.plan import Unit
 from drl_data.receipts import Receipt, fit_path, receipt_path
-from drl_data.reduce import pca_of
 from drl_data.shard_reader import in_threads
 from drl_data.shards import crc32c
 from drl_data.store import FeatureStore
@@ -299,8 +298,6 @@ def require_fits(store: FeatureStore) -> None:
     Raises:
         StoreError: a fit is missing or has changed.
     """
-    if all(pca_of(tap.reduce) is None for tap in store.spec.taps):
-        return  # no receipt is read where none can name a fit
     pending = {unit.id for unit in store.pending()}
     done = next((unit for unit in store.units if unit.id not in pending), None)
     receipt = None if done is None else store.receipt(done)

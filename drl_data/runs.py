@@ -30,6 +30,7 @@ from drl_data.pipeline import Pipeline, StoreSpec
 from drl_data.plan import Unit, auto_rows_per_unit, select_units
 from drl_data.progress import SILENT, Progress
 from drl_data.receipts import Reused
+from drl_data.reduce import pca_of
 from drl_data.repair import (
     Repair,
     readable_store,
@@ -131,12 +132,14 @@ def prepare(
         store = readable_store(store_spec.url)
     else:
         store = FeatureStore.open(store_spec.url) if FeatureStore.exists(store_spec.url) else None
-    if index is None and store is not None:
+    known = None
+    if store is not None:
         known = sound_index(store) if damaged else store.index
-        index = None if known is None else if_current(known, pipeline.dataset)
+    if index is None and known is not None:
+        index = if_current(known, pipeline.dataset)
     if index is None:
         index = build_index(pipeline.dataset)
-    saved = index.public_tars() if store is None else store.index.tars
+    saved = index.public_tars() if known is None else known.tars
     tars = None if index.tars == saved else index.tars
     model, told = find_model(backbone, structure_only=structure_only), pipeline.condition
     bank = None if pipeline.noise.file is None else read_bank(pipeline.noise.file)
@@ -287,7 +290,7 @@ def extract(
         units = select_units(units, *part)
     if repair:
         repaired = repaired.merged(remove_damaged(store, prepared.index, units))
-    else:
+    elif any(pca_of(tap.reduce) is not None for tap in prepared.spec.taps):
         require_fits(store)
     pending = store.pending(units)
     if shuffle_seed is not None:

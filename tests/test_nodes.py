@@ -157,12 +157,12 @@ def test_a_notice_sends_units_elsewhere_and_charges_nobody(
     """Units come back from the node that will be taken away, and are computed elsewhere as if they
     had never begun; no unit begins there afterwards."""
     lost, _ = nodes.add(), nodes.add()
-    run = behind.submit(run_logged, tmp_path, 16, 0.5)
+    run = behind.submit(run_logged, tmp_path, 32, 1.0)  # longer than it takes to hear of it
     wait_until(lambda: len(begun(tmp_path, lost)) >= 2)
     nodes.announce(lost, 60)
     wait_until(lambda: bool(list(tmp_path.glob("stopped-*"))))
     n_begun = len(begun(tmp_path, lost))
     outcomes = run.result(120)
-    assert_all_right(outcomes, 16)
+    assert_all_right(outcomes, 32)
     assert {outcome.attempts for outcome in outcomes} == {1}
     assert len(begun(tmp_path, lost)) == n_begun

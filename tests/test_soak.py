@@ -58,6 +58,17 @@ def test_the_judge_sees_what_is_lost_and_what_is_wrong(world: World) -> None:
     assert trial.wrong >= 2  # a row's bits, and what `verify --deep` says
 
 
+@pytest.mark.parametrize("name", ["index.parquet", "zarr.json", "samples.parquet"])
+def test_the_store_s_own_objects_are_repaired_by_the_command(world: World, name: str) -> None:
+    store = Path(world.new_store())
+    world.finish(str(store), {})
+    path = store / name
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert world.start(str(store), ("--repair",)).wait() == 0, world.log(str(store))
+    assert_nothing_lost(world.judge(str(store)))
+
+
 def test_the_table_goes_between_its_marks() -> None:
     page = f"before\n{BEGIN}\nold\n{END}\nafter\n"
     assert written(page, ["new"]) == f"before\n{BEGIN}\n\nnew\n\n{END}\nafter\n"
