@@ -61,9 +61,10 @@ class Nodes:
         self._cluster.shutdown()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cluster() -> Iterator[Nodes]:
-    """Another Ray than the one that the session shares, if that runs."""
+    """Another Ray than the one that the session shares, if that runs; a new one for each test:
+    in one that has seen nodes die a notice was at times not heard of."""
     import ray
 
     shared = ray.is_initialized()
