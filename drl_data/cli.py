@@ -699,6 +699,8 @@ def _print_summary(summary: RunSummary) -> bool:
         )
         stages = ", ".join(f"{name} {s:.1f}" for name, s in summary.stage_s.items())
         out.print(f"seconds by stage, over all threads: {stages}", soft_wrap=True)
+    if summary.n_found:
+        out.print(f"{summary.n_found} units were signed by another run meanwhile, and are its own")
     for old in summary.reused.values():
         out.print(f"reused of {escape(old.store)}: {describe_reused(old)}", soft_wrap=True)
     for unit, message in summary.failed:

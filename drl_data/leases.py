@@ -71,7 +71,6 @@ class _Unit:
     n_searches: int = 0
     search: Search | None = None
     poison: tuple[tuple[int, str], ...] = ()
-    last_cause: str = ""
 
     @property
     def attempt(self) -> int:
@@ -288,7 +287,6 @@ class LeaseBook(Generic[R]):
     def _charge(self, state: _Unit, cause: str, *, alone: bool) -> None:
         state.deaths += 1
         state.died_alone = state.died_alone or alone
-        state.last_cause = cause
         if state.deaths < self._limits.max_attempts or not state.died_alone:
             self._wait_alone(state)
         elif state.n_searches == MAX_SEARCHES:

@@ -16,6 +16,7 @@ from drl_data import executors
 from drl_data.executors import Workers, run_ray
 from drl_data.leases import Limits, Outcome
 from drl_data.plan import plan_units
+from drl_data.ray_pool import NOTICE_EVERY_S
 from tests.stub_tasks import make_logged
 from tests.test_executors import ok, results, wait_until
 
@@ -61,10 +62,9 @@ class Nodes:
         self._cluster.shutdown()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[Nodes]:
-    """Another Ray than the one that the session shares, if that runs; a new one for each test:
-    in one that has seen nodes die a notice was at times not heard of."""
+    """Another Ray than the one that the session shares, if that runs."""
     import ray
 
     shared = ray.is_initialized()
@@ -104,10 +104,12 @@ def behind() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-def run_logged(folder: Path, n_units: int, seconds: float, leases: int = 2) -> list[Outcome[int]]:
+def run_logged(
+    folder: Path, n_units: int, seconds: float, leases: int = 2, writes: bool = False
+) -> list[Outcome[int]]:
     return list(
         run_ray(
-            partial(make_logged, folder, seconds),
+            partial(make_logged, folder, seconds, writes),
             plan_units(n_units, 1),
             workers=Workers(2),
             limits=Limits(leases),
@@ -158,12 +160,25 @@ def test_a_notice_sends_units_elsewhere_and_charges_nobody(
     """Units come back from the node that will be taken away, and are computed elsewhere as if they
     had never begun; no unit begins there afterwards."""
     lost, _ = nodes.add(), nodes.add()
-    run = behind.submit(run_logged, tmp_path, 32, 1.0)  # longer than it takes to hear of it
-    wait_until(lambda: len(begun(tmp_path, lost)) >= 2)
+    run = behind.submit(run_logged, tmp_path, 4, 3 * NOTICE_EVERY_S)  # at work when it is heard of
+    wait_until(lambda: len(begun(tmp_path, lost)) == 2)
     nodes.announce(lost, 60)
-    wait_until(lambda: bool(list(tmp_path.glob("stopped-*"))))
+    wait_until(lambda: len(list(tmp_path.glob("stopped-*"))) == 2)
     n_begun = len(begun(tmp_path, lost))
     outcomes = run.result(120)
-    assert_all_right(outcomes, 32)
+    assert_all_right(outcomes, 4)
     assert {outcome.attempts for outcome in outcomes} == {1}
     assert len(begun(tmp_path, lost)) == n_begun
+
+
+def test_a_notice_lets_units_that_write_finish(
+    nodes: Nodes, tmp_path: Path, behind: ThreadPoolExecutor
+) -> None:
+    """They are deaf to a stop, as a write that has begun is, and none is computed again."""
+    lost, _ = nodes.add(), nodes.add()
+    run = behind.submit(run_logged, tmp_path, 4, 3 * NOTICE_EVERY_S, writes=True)
+    wait_until(lambda: len(begun(tmp_path, lost)) == 2)
+    nodes.announce(lost, 60)
+    assert_all_right(run.result(120), 4)
+    assert len(begun(tmp_path, lost)) == 2
+    assert len(list(tmp_path.iterdir())) == 4  # each unit once, wherever

@@ -62,11 +62,6 @@ class KMeansFound(Spec):
     nearest: tuple[tuple[int, ...], ...]
     """Rows nearest to the centroids of the largest clusters, for the report."""
 
-    @property
-    def n_empty(self) -> int:
-        """Clusters without a row; more than 0 only if fewer rows differ."""
-        return sum(not size for size in self.sizes)
-
 
 class ClusterResult(TaskResult):
     """What `run_cluster` found; JSON, and Parquet and safetensors of the same name.
