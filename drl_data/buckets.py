@@ -19,8 +19,8 @@ from functools import partial
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from drl_data.decode import displayed_size
 from drl_data.errors import ImageError, InputError, ObjectNotFoundError, SpecError
-from drl_data.images import displayed_size
 from drl_data.index import SampleIndex
 from drl_data.objects import Buffer, Folder, open_parent
 from drl_data.pipeline import Pipeline, StoreSpec

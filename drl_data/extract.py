@@ -195,7 +195,6 @@ class ExtractTask:
             self.identity, self._index, unit, clock, attempt, [computed], self._device
         )
         counts = UnitCounts(
-            samples=self._index.digest_rows(unit.start, unit.stop),
             input_bytes=computed.input_bytes,
             clipped=computed.clipped,
             non_finite=computed.non_finite,

@@ -416,7 +416,6 @@ class _UnitWork:
             if (crc := source.fits.get(theirs)) is not None
         }
         return UnitCounts(
-            samples=store.index.digest_rows(unit.start, unit.stop),
             input_bytes=_input_bytes(store, unit, invalid),
             clipped=_nested({place: n for place, n in clipped.items() if n}),
             non_finite=_nested({p: n for p, n in non_finite.items() if n != NonFinite()}),

@@ -222,7 +222,7 @@ class PoisonImage:
 
     def arm(self) -> None:
         """Lie in wait in this process, for its whole life."""
-        room = vars(importlib.import_module("drl_data.images"))
+        room = vars(importlib.import_module("drl_data.decode"))
         plain = room["_decode"]
 
         def decode(data: Buffer, *rest: object) -> object:

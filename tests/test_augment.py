@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from drl_data.augment import Augment, Geometry
 from drl_data.datasets import FeatureDataset, FeatureStream
+from drl_data.decode import decode_image
 from drl_data.errors import SpecError
-from drl_data.images import decode_image
 from drl_data.index import build_index
 from drl_data.shards import Array
 from drl_data.spec import DatasetSpec, ImageSpec

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from drl_data.backbones import find_model, load_backbone
 from drl_data.backbones.inventory import tappable_modules
+from drl_data.decode import decode_image
 from drl_data.diffusion_spec import ConditionSpec
 from drl_data.errors import SpecError, TapError
-from drl_data.images import decode_image
 from drl_data.pipeline import Pipeline
 from drl_data.runs import extract
 from drl_data.spec import BackboneSpec, ImageSpec, TapSpec

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from drl_data.buckets import bucket_size, read_sizes, split_into_buckets
 from drl_data.cli import app
+from drl_data.decode import decode_image, displayed_size
 from drl_data.errors import ImageError, SpecError
-from drl_data.images import decode_image, displayed_size
 from drl_data.index import build_index
 from drl_data.pipeline import Pipeline
 from drl_data.runs import extract, extract_all

@@ -15,8 +15,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from drl_data.datasets import FeatureBatch, FeatureDataset, FeatureSample, FeatureStream, as_tensor
+from drl_data.decode import decode_image
 from drl_data.errors import InputError, SpecError, StoreError, TapError
-from drl_data.images import decode_image
 from drl_data.index import SampleIndex, build_index
 from drl_data.selection import NO_LABEL
 from drl_data.shard_reader import ShardReader

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from drl_data.decode import decode_views
 from drl_data.errors import ImageError, SpecError
 from drl_data.fitting import PixelMap, fitted, pixel_map, place
-from drl_data.images import decode_views
 from drl_data.pipeline import Pipeline
 from drl_data.spec import ImageSpec
 

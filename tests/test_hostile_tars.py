@@ -28,9 +28,10 @@ import pytest
 from PIL import GifImagePlugin, Image, ImageFile, PngImagePlugin
 
 from drl_data import cli
+from drl_data.decode import decode_image
 from drl_data.errors import ImageError, InputError
 from drl_data.extract import make_task
-from drl_data.images import decode_image, read_batches
+from drl_data.images import read_batches
 from drl_data.index import MAX_MEMBER_BYTES, SampleIndex, build_index
 from drl_data.pipeline import Pipeline
 from drl_data.plan import Lease, Unit

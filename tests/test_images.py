@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from drl_data import images as images_module
+from drl_data.decode import decode_image
 from drl_data.errors import ImageError, InputError
-from drl_data.images import ImageBatch, decode_image, read_batches
+from drl_data.images import ImageBatch, read_batches
 from drl_data.index import SampleIndex, build_index
 from drl_data.objects import Folder, LocalFolder, open_folder
 from drl_data.plan import InvalidRow, Unit

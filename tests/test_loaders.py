@@ -19,9 +19,9 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from benchmarks import reading
 from drl_data import row_blocks
 from drl_data.datasets import Draw, FeatureBatch, FeatureDataset, FeatureStream
+from drl_data.decode import decode_views
 from drl_data.draws import choose, uniform
 from drl_data.errors import SpecError, TapError
-from drl_data.images import decode_views
 from drl_data.index import build_index
 from drl_data.spec import ArraySpec, DatasetSpec, ImageSpec
 from drl_data.store import FeatureStore

@@ -28,9 +28,10 @@ from transformers import T5Tokenizer, UMT5EncoderModel
 from drl_data.backbones import Backbone, find_model, load_backbone
 from drl_data.backbones.backbone import CLEAN, Posterior
 from drl_data.capture import Streams, capture
+from drl_data.decode import decode_image, decode_views
 from drl_data.diffusion_spec import ConditionSpec, NoiseSpec, ScheduleSpec
 from drl_data.errors import ImageError, SpecError, TapError, WeightsError
-from drl_data.images import ImageBatch, decode_image, decode_views, read_batches
+from drl_data.images import ImageBatch, read_batches
 from drl_data.index import build_index
 from drl_data.linear_probes import _flat_pixels
 from drl_data.noise import batch_noise

@@ -17,8 +17,9 @@ from PIL import Image
 from pydantic import ValidationError
 
 from drl_data.datasets import FeatureDataset, FeatureStream
+from drl_data.decode import decode_image, decode_views
 from drl_data.errors import FeatureError, TapError
-from drl_data.images import ImageBatch, decode_image, decode_views
+from drl_data.images import ImageBatch
 from drl_data.noise import draw_normal
 from drl_data.pipeline import Pipeline
 from drl_data.plan import estimate
