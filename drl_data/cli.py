@@ -530,6 +530,16 @@ def retrieve(
 
 
 @app.command()
+def segment(file: PipelineFile, device: Device = None, store: OverrideStore = None) -> None:
+    """Pixel classifiers on a few labelled images: mean IoU, and predictions as PNG."""
+    from drl_data.progress import console_progress
+    from drl_data.tasks.segment import format_table, run_segment
+
+    out.print(format_table(run_segment(_load(file, None, store), device=device,
+                                       progress=console_progress())))  # fmt: skip
+
+
+@app.command()
 def distill(file: PipelineFile, device: Device = None, store: OverrideStore = None) -> None:
     """Train a student on stored features, then on few labels, against one from scratch."""
     from drl_data.progress import console_progress

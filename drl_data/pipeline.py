@@ -36,6 +36,7 @@ from drl_data.diffusion_spec import (
 )
 from drl_data.errors import SpecError
 from drl_data.job_specs import ClusterSpec, ProbeSpec, RetrieveSpec
+from drl_data.segment_spec import SegmentSpec
 from drl_data.spec import (
     BackboneSpec,
     BucketSpec,
@@ -204,6 +205,7 @@ class Pipeline(Spec):
     stats: StatsSpec | None = None
     cluster: ClusterSpec | None = None
     retrieve: RetrieveSpec | None = None
+    segment: SegmentSpec | None = None
     distill: DistillSpec | None = None
     pretrain: PretrainSpec | None = None
     tiny: TinySpec | None = None
@@ -268,6 +270,10 @@ class Pipeline(Spec):
         if self.probe:
             changes["probe"] = self.probe.model_copy(
                 update={"compare": {k: join(v) for k, v in self.probe.compare.items()}}
+            )
+        if self.segment and self.segment.label_folder:
+            changes["segment"] = self.segment.model_copy(
+                update={"label_folder": join(self.segment.label_folder)}
             )
         if self.pretrain:
             changes["pretrain"] = self.pretrain.model_copy(
