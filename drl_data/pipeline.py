@@ -28,6 +28,7 @@ from pydantic import (
     model_validator,
 )
 
+from drl_data.correspond_spec import CorrespondSpec
 from drl_data.diffusion_spec import (
     ConditionSpec,
     LatentSpec,
@@ -206,6 +207,7 @@ class Pipeline(Spec):
     cluster: ClusterSpec | None = None
     retrieve: RetrieveSpec | None = None
     segment: SegmentSpec | None = None
+    correspond: CorrespondSpec | None = None
     distill: DistillSpec | None = None
     pretrain: PretrainSpec | None = None
     tiny: TinySpec | None = None
@@ -275,6 +277,13 @@ class Pipeline(Spec):
             changes["segment"] = self.segment.model_copy(
                 update={"label_folder": join(self.segment.label_folder)}
             )
+        if self.correspond:
+            paths: dict[str, object] = {
+                "stores": {name: join(path) for name, path in self.correspond.stores.items()}
+            }
+            if self.correspond.pairs:
+                paths["pairs"] = join(self.correspond.pairs)
+            changes["correspond"] = self.correspond.model_copy(update=paths)
         if self.pretrain:
             changes["pretrain"] = self.pretrain.model_copy(
                 update={"output": join(self.pretrain.output)}
