@@ -11,9 +11,12 @@ from PIL import Image
 from drl_data.pictures import THUMBNAIL_SIDE, png_uri, row_uri
 from drl_data.segment_files import palette, png_path
 from drl_data.store import FeatureStore
+from drl_data.tasks.correspond import CorrespondResult, main_alpha
 from drl_data.tasks.segment import SegmentResult, SegmentScore
 
 N_SHOWN_CLASSES = 40
+PAIR_SIDE = 160
+"""Pixels of the longer side of an image of a pair."""
 
 
 @dataclass(frozen=True)
@@ -70,3 +73,64 @@ def _picture(path: Path) -> str | None:
         return None
     shown.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.NEAREST)
     return png_uri(np.asarray(shown))
+
+
+# --- correspondence -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MatchedPoint:
+    """Places as shares 0..1 (y, x): in the source image, where it truly is, where it was found."""
+
+    number: int
+    point: tuple[float, float]
+    truth: tuple[float, float]
+    found: tuple[float, float]
+    right: bool
+
+
+@dataclass(frozen=True)
+class MatchedPair:
+    """Two images as data URIs, and the points matched between them."""
+
+    name: str
+    source: str
+    target: str
+    points: list[MatchedPoint]
+
+
+@dataclass(frozen=True)
+class Corresponded:
+    """The matching's result, the alpha that is in front, and pictures of some pairs."""
+
+    result: CorrespondResult
+    alpha: int
+    """Position of the alpha that pictures and categories are of."""
+    aspect: float
+    """Width over height of the images."""
+    pairs: list[MatchedPair]
+
+
+def corresponded(results: Path, store: FeatureStore) -> Corresponded | None:
+    """None if `drl correspond` was not run on this store."""
+    if not (results / "correspond.json").exists():
+        return None
+    result = CorrespondResult.load(results / "correspond.json")
+    if result.fingerprint != store.fingerprint:
+        return None
+    at = main_alpha(result.spec)
+    pairs = []
+    for example in result.examples:
+        source, target = (
+            row_uri(store, row, PAIR_SIDE) for row in (example.source, example.target)
+        )
+        if source is None or target is None:
+            continue
+        columns = zip(example.points, example.truth, example.found, example.distances, strict=True)
+        points = [
+            MatchedPoint(i + 1, point, truth, found, distance <= result.spec.alphas[at])
+            for i, (point, truth, found, distance) in enumerate(columns)
+        ]
+        pairs.append(MatchedPair(example.name, source, target, points))
+    height, width = store.spec.images.size
+    return Corresponded(result, at, width / height, pairs)

@@ -87,10 +87,13 @@ def check_warps(
     rows = _rows(store, check)
     reader = MapReader(store, own, device)
     points = _points(check, size, own)
-    made = _Computed.of(pipeline, store, own, rows, check, device)
     found: dict[tuple[str, str], list[Distances]] = {}
     pixels: dict[tuple[str, str], list[np.ndarray]] = {}
-    with progress.bar("warps", len(rows), "images") as bar:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        progress.bar("warps", len(rows), "images") as bar,
+    ):
+        made = _Computed.of(pipeline, store, own, rows, check, Path(folder))
         for row in rows.tolist():
             source = input_side(size, own, reader.maps(row))
             for one in _warped(store, own, source, row, spec, made, device):
@@ -213,7 +216,6 @@ class _Computed:
     rows: Rows
     store: FeatureStore
     cells: Sequence[MapCell]
-    folder: tempfile.TemporaryDirectory[str]
 
     @classmethod
     def of(
@@ -223,9 +225,9 @@ class _Computed:
         cells: Sequence[MapCell],
         rows: Rows,
         check: WarpCheckSpec,
-        device: str,
+        folder: Path,
     ) -> _Computed | None:
-        """Warp the images of the rows and send them through the backbone."""
+        """Warp the images of the rows and send them through the backbone; `folder` is empty."""
         if not check.computed:
             return None
         if any(cell.view for cell in cells):
@@ -233,18 +235,17 @@ class _Computed:
         images = store.spec.images.model_copy(update={"views": ()})
         reader = RowPixels(store.index, images, store.url, include_invalid=False, n_threads=4)
         warps = computed_warps(check, images.size)
-        folder = tempfile.TemporaryDirectory()
         files = []
         for row, pixels in zip(rows.tolist(), reader.read(rows), strict=True):
             shown = pixels.transpose(1, 2, 0)
             image = Image.fromarray(shown[..., 0] if images.mode == "L" else shown)
             for name, warp in warps.items():
-                files.append(Path(folder.name) / f"row{row}-{name}.png")
+                files.append(folder / f"row{row}-{name}.png")
                 warp.image(image).save(files[-1])
-        (Path(folder.name) / "store").mkdir()
-        made = features_of_images(pipeline, store, files, Path(folder.name) / "store")
+        (folder / "store").mkdir()
+        made = features_of_images(pipeline, store, files, folder / "store")
         own = [replace(cell, store=made) for cell in cells]
-        return cls(warps, rows, made, own, folder)
+        return cls(warps, rows, made, own)
 
     def warped(self, row: int, device: str) -> Iterator[_Warped]:
         """The image of a row, in each warp."""
