@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from drl_data.datasets import read_features
@@ -133,8 +132,3 @@ def _grid(array: ArraySpec, grids: Grids) -> tuple[int, int] | None:
         return grid if math.prod(grid) == n_tokens else None
     side = math.isqrt(n_tokens)
     return (side, side) if side * side == n_tokens and side > 1 else None
-
-
-def as_float(maps: Sequence[Tensor], device: str | torch.device) -> list[Tensor]:
-    """The same maps in float32 on a device."""
-    return [x.to(device).float() for x in maps]

@@ -32,11 +32,9 @@ def label_image(classes: npt.NDArray[np.int64]) -> Image.Image:
     is 255 in the former."""
     if classes.max() > 255:
         return Image.fromarray(np.where(classes < 0, 65535, classes).astype(np.uint16))
-    image = Image.fromarray(np.where(classes < 0, 255, classes).astype(np.uint8), mode=None)
-    paletted = image.convert("L")
-    paletted = paletted.copy()
-    paletted.putpalette(palette())
-    return paletted
+    image = Image.fromarray(np.where(classes < 0, 255, classes).astype(np.uint8))
+    image.putpalette(palette())
+    return image
 
 
 def png_path(folder: Path, key: str) -> Path:

@@ -175,17 +175,20 @@ def run_correspond(
         device=device,
         seconds=time.perf_counter() - started,
     )
-    folder = Path(pipeline.results)
+    _save(result, found, Path(pipeline.results))
+    return result
+
+
+def _save(result: CorrespondResult, found: PairMatches | None, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if found is not None:
         about = {
-            b"fingerprint": store.fingerprint.encode(),
-            b"spec": spec.model_dump_json().encode(),
+            b"fingerprint": result.fingerprint.encode(),
+            b"spec": result.spec.model_dump_json().encode(),
         }
         table = pa.concat_tables(found.tables).replace_schema_metadata(about)
         pq.write_table(table, folder / "correspond.parquet", compression="zstd")
     result.save(folder / "correspond.json")
-    return result
 
 
 def main_alpha(spec: CorrespondSpec) -> int:

@@ -170,19 +170,11 @@ def run_segment(
     started = time.perf_counter()
     store = finished_store(pipeline, "segment")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    cells = map_cells(
-        store,
-        "segment",
-        taps=spec.taps,
-        timesteps=spec.timesteps,
-        grids=spec.grids,
-        view=spec.view,
-    )
+    cells = _cells(store, spec)
     rows = SegmentRows.of(store, spec)
     if spec.save_predictions:
-        chosen = np.concatenate([rows.test, rows.more])
         keys = store.index.table.column("key")
-        require_unique_keys([keys[row].as_py() for row in chosen.tolist()])
+        require_unique_keys([keys[r].as_py() for r in (*rows.test, *rows.more)])
     pixels = TrainPixels.of(rows, spec)
     trained = _train(store, cells, rows, pixels, spec, device, progress)
     found = predict(store, cells, rows, trained, pixels.n_classes, spec, pipeline, progress)
@@ -210,13 +202,29 @@ def run_segment(
         device=device,
         seconds=time.perf_counter() - started,
     )
-    folder = Path(pipeline.results)
-    folder.mkdir(parents=True, exist_ok=True)
-    about = {b"fingerprint": store.fingerprint.encode(), b"spec": spec.model_dump_json().encode()}
-    table = pa.Table.from_pylist(found.table).replace_schema_metadata(about)
-    pq.write_table(table, folder / result.table, compression="zstd")
-    result.save(folder / "segment.json")
+    _save(result, pa.Table.from_pylist(found.table), Path(pipeline.results))
     return result
+
+
+def _cells(store: FeatureStore, spec: SegmentSpec) -> list[MapCell]:
+    return map_cells(
+        store,
+        "segment",
+        taps=spec.taps,
+        timesteps=spec.timesteps,
+        grids=spec.grids,
+        view=spec.view,
+    )
+
+
+def _save(result: SegmentResult, table: pa.Table, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {
+        b"fingerprint": result.fingerprint.encode(),
+        b"spec": result.spec.model_dump_json().encode(),
+    }
+    pq.write_table(table.replace_schema_metadata(about), folder / result.table, compression="zstd")
+    result.save(folder / "segment.json")
 
 
 # --- learning -----------------------------------------------------------------------------------
