@@ -34,9 +34,12 @@ from drl_data.pck import Distances, PckScore
 from drl_data.pipeline import Pipeline
 from drl_data.report import write_report
 from drl_data.runs import extract
+from drl_data.segment_spec import SegmentSpec
 from drl_data.spec import ImageSpec
 from drl_data.store import FeatureStore
 from drl_data.tasks.correspond import CorrespondResult, run_correspond
+from drl_data.tasks.correspond import _public as public_pairs
+from drl_data.tasks.segment import _public as public_labels
 from drl_data.threads import one_thread
 from drl_data.warps import EXACT, Warp, computed_warps, view_warp
 from tests.digit_scenes import scenes_pipeline, write_scenes
@@ -637,6 +640,15 @@ def test_command_and_report(crops: Crops, tmp_path: Path) -> None:
     assert shown.count("<line ") == 7 * 4
     for text in ("mirrored map", "near", "alpha 0.05", "fine at 1"):
         assert text in shown
+
+
+def test_secrets_are_not_written() -> None:
+    secret = "https://me:secret@host/p.jsonl?X-Amz-Signature=abc"
+    written = public_pairs(CorrespondSpec(pairs=secret)).model_dump_json()
+    written += public_labels(SegmentSpec(label_folder=secret)).model_dump_json()
+    assert "secret" not in written
+    assert "abc" not in written
+    assert written.count("https://***@host/p.jsonl") == 2
 
 
 def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:

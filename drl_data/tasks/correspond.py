@@ -22,7 +22,7 @@ from rich.table import Table
 from drl_data.correspond_data import Columns, view_of
 from drl_data.correspond_pairs import ExamplePair, PairMatches, match_pairs
 from drl_data.correspond_spec import CorrespondSpec, WarpCheckSpec
-from drl_data.errors import SpecError
+from drl_data.errors import SpecError, redacted
 from drl_data.pairs import read_pairs
 from drl_data.pck import PckScore
 from drl_data.pipeline import Pipeline
@@ -157,8 +157,8 @@ def run_correspond(
     best = _best(scores, spec)
     result = CorrespondResult(
         pipeline=pipeline.name,
-        spec=spec,
-        store=store.url,
+        spec=_public(spec),
+        store=redacted(store.url),
         fingerprint=store.fingerprint,
         n_pairs=len(pairs),
         n_points=sum(len(pair.source_points) for pair in pairs),
@@ -177,6 +177,13 @@ def run_correspond(
     )
     _save(result, found, Path(pipeline.results))
     return result
+
+
+def _public(spec: CorrespondSpec) -> CorrespondSpec:
+    """What is written: without the secrets of URLs."""
+    stores = {name: redacted(path) for name, path in spec.stores.items()}
+    pairs = None if spec.pairs is None else redacted(spec.pairs)
+    return spec.model_copy(update={"pairs": pairs, "stores": stores})
 
 
 def _save(result: CorrespondResult, found: PairMatches | None, folder: Path) -> None:

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import torch
 from rich.table import Table
 
-from drl_data.errors import SpecError
+from drl_data.errors import SpecError, redacted
 from drl_data.feature_maps import MapCell, map_cells
 from drl_data.iou import ClassCounts
 from drl_data.pipeline import Pipeline
@@ -181,8 +181,8 @@ def run_segment(
     linear = _linear_cells(trained, found, cells)
     result = SegmentResult(
         pipeline=pipeline.name,
-        spec=spec,
-        store=store.url,
+        spec=_public(spec),
+        store=redacted(store.url),
         fingerprint=store.fingerprint,
         n_train_images=len(rows.train),
         n_train_pixels=len(pixels.labels),
@@ -215,6 +215,13 @@ def _cells(store: FeatureStore, spec: SegmentSpec) -> list[MapCell]:
         grids=spec.grids,
         view=spec.view,
     )
+
+
+def _public(spec: SegmentSpec) -> SegmentSpec:
+    """What is written: without the secrets of URLs."""
+    if spec.label_folder is None:
+        return spec
+    return spec.model_copy(update={"label_folder": redacted(spec.label_folder)})
 
 
 def _save(result: SegmentResult, table: pa.Table, folder: Path) -> None:
