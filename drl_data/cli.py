@@ -530,6 +530,29 @@ def retrieve(
 
 
 @app.command()
+def segment(file: PipelineFile, device: Device = None, store: OverrideStore = None) -> None:
+    """Pixel classifiers on a few labelled images: mean IoU, and predictions as PNG."""
+    from drl_data.progress import console_progress
+    from drl_data.tasks.segment import format_table, run_segment
+
+    out.print(format_table(run_segment(_load(file, None, store), device=device,
+                                       progress=console_progress())))  # fmt: skip
+
+
+@app.command()
+def correspond(file: PipelineFile, device: Device = None, store: OverrideStore = None) -> None:
+    """Keypoints matched between images: PCK of every tap and timestep; or of known warps."""
+    from drl_data.progress import console_progress
+    from drl_data.tasks.correspond import format_tables, run_correspond
+
+    result = run_correspond(_load(file, None, store), device=device, progress=console_progress())
+    for table in format_tables(result):
+        out.print(table)
+    for name in result.named:
+        out.print(f"left out: {name}", soft_wrap=True, markup=False)
+
+
+@app.command()
 def distill(file: PipelineFile, device: Device = None, store: OverrideStore = None) -> None:
     """Train a student on stored features, then on few labels, against one from scratch."""
     from drl_data.progress import console_progress

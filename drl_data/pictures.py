@@ -144,10 +144,10 @@ def thumbnails(store: FeatureStore) -> list[Shown]:
     return shown
 
 
-def row_uri(store: FeatureStore, row: int) -> str | None:
+def row_uri(store: FeatureStore, row: int, side: int = THUMBNAIL_SIDE) -> str | None:
     """The image of one row as the backbone saw it; None if it cannot be read now."""
     pixels = _pixels(store, row)
-    return None if pixels is None else png_uri(shrunk(pixels, THUMBNAIL_SIDE))
+    return None if pixels is None else png_uri(shrunk(pixels, side))
 
 
 def _pixels(store: FeatureStore, row: int) -> Pixels | None:

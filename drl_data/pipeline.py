@@ -28,6 +28,7 @@ from pydantic import (
     model_validator,
 )
 
+from drl_data.correspond_spec import CorrespondSpec
 from drl_data.diffusion_spec import (
     ConditionSpec,
     LatentSpec,
@@ -36,6 +37,7 @@ from drl_data.diffusion_spec import (
 )
 from drl_data.errors import SpecError
 from drl_data.job_specs import ClusterSpec, ProbeSpec, RetrieveSpec
+from drl_data.segment_spec import SegmentSpec
 from drl_data.spec import (
     BackboneSpec,
     BucketSpec,
@@ -204,6 +206,8 @@ class Pipeline(Spec):
     stats: StatsSpec | None = None
     cluster: ClusterSpec | None = None
     retrieve: RetrieveSpec | None = None
+    segment: SegmentSpec | None = None
+    correspond: CorrespondSpec | None = None
     distill: DistillSpec | None = None
     pretrain: PretrainSpec | None = None
     tiny: TinySpec | None = None
@@ -269,6 +273,17 @@ class Pipeline(Spec):
             changes["probe"] = self.probe.model_copy(
                 update={"compare": {k: join(v) for k, v in self.probe.compare.items()}}
             )
+        if self.segment and self.segment.label_folder:
+            changes["segment"] = self.segment.model_copy(
+                update={"label_folder": join(self.segment.label_folder)}
+            )
+        if self.correspond:
+            paths: dict[str, object] = {
+                "stores": {name: join(path) for name, path in self.correspond.stores.items()}
+            }
+            if self.correspond.pairs:
+                paths["pairs"] = join(self.correspond.pairs)
+            changes["correspond"] = self.correspond.model_copy(update=paths)
         if self.pretrain:
             changes["pretrain"] = self.pretrain.model_copy(
                 update={"output": join(self.pretrain.output)}

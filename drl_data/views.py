@@ -26,11 +26,19 @@ def seeded_crop(
     A function of the image and of (view.seed, number, key): the generator is Python's, which is
     specified, seeded by a BLAKE2b digest.
     """
-    generator = _generator("crop", view.seed, number, key)
-    box = crop_box(image.size, view, generator)
-    flip = view.flip and generator.random() < 0.5
+    box, flip = seeded_box(image.size, view, number, key)
     cropped = image.resize((size[1], size[0]), resample, box=box)
     return cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else cropped
+
+
+def seeded_box(
+    size: tuple[int, int], view: CropViews, number: int, key: str
+) -> tuple[tuple[int, int, int, int], bool]:
+    """What `seeded_crop` cuts of an image of `size` (width, height): (left, top, right, bottom),
+    and whether it is mirrored then."""
+    generator = _generator("crop", view.seed, number, key)
+    box = crop_box(size, view, generator)
+    return box, view.flip and generator.random() < 0.5
 
 
 def padded_crop(image: Image.Image, view: PaddedCropViews, number: int, key: str) -> Image.Image:
@@ -38,12 +46,17 @@ def padded_crop(image: Image.Image, view: PaddedCropViews, number: int, key: str
 
     A function of the image and of (view.seed, number, key), as `seeded_crop`.
     """
-    generator = _generator("padded", view.seed, number, key)
-    left, top = (generator.randint(0, 2 * view.padding) for _ in range(2))
-    flip = view.flip and generator.random() < 0.5
+    left, top, flip = padded_corner(view, number, key)
     padded = ImageOps.expand(image, view.padding)
     cropped = padded.crop((left, top, left + image.width, top + image.height))
     return cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else cropped
+
+
+def padded_corner(view: PaddedCropViews, number: int, key: str) -> tuple[int, int, bool]:
+    """Left and top of what `padded_crop` cuts of the padded image, and whether it is mirrored."""
+    generator = _generator("padded", view.seed, number, key)
+    left, top = (generator.randint(0, 2 * view.padding) for _ in range(2))
+    return left, top, view.flip and generator.random() < 0.5
 
 
 def _generator(kind: str, seed: int, number: int, key: str) -> random.Random:
