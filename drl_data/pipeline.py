@@ -49,6 +49,7 @@ from drl_data.spec_base import (
     Timestep,
     as_tuple,
 )
+from drl_data.synthesize_spec import SynthesizeSpec
 
 
 class StoreSpec(Spec):
@@ -206,6 +207,7 @@ class Pipeline(Spec):
     retrieve: RetrieveSpec | None = None
     distill: DistillSpec | None = None
     pretrain: PretrainSpec | None = None
+    synthesize: SynthesizeSpec | None = None
     tiny: TinySpec | None = None
 
     @classmethod
@@ -273,6 +275,8 @@ class Pipeline(Spec):
             changes["pretrain"] = self.pretrain.model_copy(
                 update={"output": join(self.pretrain.output)}
             )
+        if self.synthesize:
+            changes["synthesize"] = _synthesize_with_paths(self.synthesize, join)
         return self.model_copy(update=changes)
 
 
@@ -293,6 +297,16 @@ def _with_paths(backbone: BackboneSpec, join: Callable[[str], str]) -> BackboneS
     if backbone.weights is not None:
         update["weights"] = join(backbone.weights)
     return backbone.model_copy(update=update)
+
+
+def _synthesize_with_paths(spec: SynthesizeSpec, join: Callable[[str], str]) -> SynthesizeSpec:
+    """The same section with `join` applied to its local paths."""
+    update: dict[str, object] = {"url": join(spec.url)}
+    if spec.backbone is not None:
+        update["backbone"] = _with_paths(spec.backbone, join)
+    if spec.prompts is not None and spec.prompts.file is not None:
+        update["prompts"] = spec.prompts.model_copy(update={"file": join(spec.prompts.file)})
+    return spec.model_copy(update=update)
 
 
 def _is_relative_folder(model: str) -> bool:
