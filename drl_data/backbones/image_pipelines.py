@@ -126,7 +126,7 @@ class PipelineImages:
         with weights_errors(folder, folder.root):
             pipeline = DiffusionPipeline.from_pretrained(
                 folder.root,
-                torch_dtype=TORCH_DTYPES[folder.spec.dtype],
+                dtype=TORCH_DTYPES[folder.spec.dtype],
                 variant=folder.spec.variant,
                 use_safetensors=True,
                 local_files_only=True,
