@@ -134,7 +134,9 @@ def eager_switches() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("eager_switches")
-def test_sixteen_threads_and_one_winner(folder_url: str) -> None:
+def test_sixteen_threads_and_one_winner(folder_url: str, request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("s3"):
+        pytest.skip("moto looks for the object and puts it in two steps; Ceph's gateway in one")
     folder = open_folder(folder_url)
     for trial in range(3 if "s3:" in folder_url else 40):
         barrier = Barrier(16)

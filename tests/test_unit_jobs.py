@@ -74,6 +74,11 @@ def test_who_signs_second_gets_the_first_receipt(tmp_path: Path) -> None:
     assert commit(job, job.units[0], note="a zombie's") == first
     with pytest.raises(ConflictError):
         commit(job, job.units[0], lost=[2])
+    job.folder.delete("part-0.json")  # so that nothing but the receipt tells
+    with pytest.raises(ConflictError, match="signed this unit"):
+        commit(job, job.units[0], lost=[2])
+    job.folder.delete("part-0.json")
+    job.folder.put("part-0.json", product(job.units[0]))
     assert job.problems() == ["unit 1: pending", "unit 2: pending"]
 
 
@@ -82,7 +87,8 @@ def test_damage_is_found(tmp_path: Path) -> None:
     for unit in job.units:
         commit(job, unit)
     assert job.problems() == []
-    (tmp_path / "part-1.json").write_bytes(b"{}")
+    data = (tmp_path / "part-1.json").read_bytes()
+    (tmp_path / "part-1.json").write_bytes(data.replace(b"5", b"6"))
     (tmp_path / "part-2.json").unlink()
     assert job.problems() == [
         "unit 1: part-1.json is not what was signed", "unit 2: part-2.json is missing"
