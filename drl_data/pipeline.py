@@ -135,6 +135,23 @@ class DistillSpec(Spec):
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
+class ClassesSpec(Spec):
+    """What makes a training class-conditional: the network is told each image's label.
+
+    A share `dropout` of the images is told a class of its own instead, the null class, numbered
+    after the others: classifier-free guidance needs it (Ho and Salimans 2022). With `dropout: 0`
+    there is none.
+    """
+
+    number: Annotated[int, Field(ge=1)] | None = None
+    """Default: as many as the labels have names, or the largest label + 1."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+
+
+def _as_classes(value: object) -> object:
+    return {"number": value} if isinstance(value, int) else value
+
+
 class PretrainSpec(Spec):
     """Training of a pixel-space DDPM (Ho et al. 2020): epsilon loss, EMA weights.
 
@@ -144,6 +161,8 @@ class PretrainSpec(Spec):
     split: str = "train"
     model: dict[str, JsonValue]
     scheduler: dict[str, JsonValue] = {}
+    classes: Annotated[ClassesSpec | None, BeforeValidator(_as_classes)] = None
+    """Also tell the network the label: a number of classes, or `{}` for the labels' own."""
     steps: Annotated[int, Field(ge=1)]
     batch_size: Annotated[int, Field(ge=1)] = 128
     learning_rate: float = 2e-4
