@@ -25,13 +25,15 @@ from torch import Tensor
 from drl_data.backbones.image_maker import DrawnImages, ImageRequest, own_generators_only
 from drl_data.backbones.loader import ModelFolder, load_network
 from drl_data.backbones.overrides import apply_overrides
+from drl_data.backbones.unet import NULL_CLASS
 from drl_data.errors import SpecError, WeightsError
 from drl_data.synthesize_spec import ImageCall, SynthesizeSpec
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin, UNet2DModel
 
-NULL_CLASS = "_null_class"
+TRAINING = "training.json"
+"""What `drl pretrain` recorded beside the weights."""
 STEP_ARGUMENTS = ("eta", "use_clipped_model_output")
 """Arguments of a scheduler's step that a pipeline file may set."""
 
@@ -122,7 +124,7 @@ class PixelImages:
 def pixel_range(folder: ModelFolder) -> tuple[float, float]:
     """What uint8 0 and 255 were in training, if `drl pretrain` recorded it; else (-1, 1)."""
     try:
-        record = json.loads((folder.root / "training.json").read_text(encoding="utf-8"))
+        record = json.loads((folder.root / TRAINING).read_text(encoding="utf-8"))
         low, high = record["images"]["range"]
     except (FileNotFoundError, KeyError):
         return -1.0, 1.0
@@ -194,7 +196,7 @@ def _check_size(config: Mapping[str, object], size: tuple[int, int] | None) -> N
 def _class_names(folder: ModelFolder) -> dict[int, str]:
     """As `drl pretrain` recorded them."""
     try:
-        record = json.loads((folder.root / "training.json").read_text(encoding="utf-8"))
+        record = json.loads((folder.root / TRAINING).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     names = (record.get("classes") or {}).get("names") or []
