@@ -221,7 +221,7 @@ def test_formats(kind: str, exact: bool, channels: int) -> None:
 
 
 def test_tars_are_plain_and_readable_by_webdataset(by_class: Path, tmp_path: Path) -> None:
-    from webdataset.tariterators import group_by_keys, tar_file_iterator
+    from webdataset.tariterators import group_by_keys, tar_file_expander
 
     run_synthesize(classes(tmp_path, by_class, format={"kind": "jpg", "quality": 80}))
     (first, *_), found = tars(tmp_path).values(), samples(tmp_path)
@@ -230,11 +230,8 @@ def test_tars_are_plain_and_readable_by_webdataset(by_class: Path, tmp_path: Pat
     assert [m.name for m in headers] == sorted(m.name for m in headers)
     assert {(m.mtime, m.uid, m.gid, m.uname, m.mode) for m in headers} == {(0, 0, 0, "", 0o644)}
     assert b"ustar\x00" in first[:512]
-    read = [
-        sample
-        for data in tars(tmp_path).values()
-        for sample in group_by_keys(tar_file_iterator(io.BytesIO(data)))
-    ]
+    streams = [{"url": n, "stream": io.BytesIO(d)} for n, d in tars(tmp_path).items()]
+    read = group_by_keys(tar_file_expander(streams))
     assert {s["__key__"]: s["cls"] for s in read} == {k: s["cls"] for k, s in found.items()}
 
 
