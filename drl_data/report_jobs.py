@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from drl_data.errors import DrlDataError
 from drl_data.images import read_batches
 from drl_data.index import build_index
@@ -109,7 +111,8 @@ def synthetic(path: Path, url: str | None) -> Synthetic | None:
 
 
 def _synthetic_images(result: SynthesizeResult, url: str) -> list[SyntheticImage]:
-    """N_SYNTHETIC images, evenly spaced over tars that are evenly spaced over those made.
+    """N_SYNTHETIC images at random (of classes in turn, evenly spaced ones would be of few), of
+    tars that are evenly spaced over those made.
 
     Raises:
         DrlDataError: tars that cannot be read, or that are of another job.
@@ -126,7 +129,9 @@ def _synthetic_images(result: SynthesizeResult, url: str) -> list[SyntheticImage
     sizes = ImageSpec(size=(THUMBNAIL_SIDE, THUMBNAIL_SIDE), resize="pad", filter="box", mode="RGB")
     texts = index.table.select(["key", "label", "caption"]).to_pylist()
     shown = []
-    for row in _evenly(range(index.n_samples), N_SYNTHETIC):
+    n = index.n_samples
+    chosen = np.random.default_rng(0).choice(n, min(n, N_SYNTHETIC), replace=False)
+    for row in np.sort(chosen).tolist():
         (batch,) = read_batches(
             Unit(0, row, row + 1), index, sizes, batch_size=1, n_threads=1, prefetch_bytes=1 << 20
         )

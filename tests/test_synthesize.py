@@ -248,7 +248,7 @@ def undisturbed(by_class: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 @pytest.mark.parametrize(
-    "executor", ["local", "process", pytest.param("ray", marks=pytest.mark.ray)]
+    "executor", ["local", "process", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.soak])]
 )
 def test_executors_make_the_same_tars(
     executor: str,
@@ -549,6 +549,15 @@ def test_sections_that_mean_nothing(fields: dict[str, object], message: str) -> 
     with pytest.raises(SpecError) as error:
         Pipeline.parse({**data, "synthesize": {"url": "x", **fields}})
     assert message in str(error.value)
+
+
+def test_the_section_in_the_readme_is_valid() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = (b.split("```")[0] for b in text.split("```yaml\n") if b.startswith("synthesize:"))
+    data = {"name": "p", "dataset": {"tars": "a.tar"}, "images": {"size": 8}}
+    found = Pipeline.parse({**data, **yaml.safe_load(block)}).synthesize
+    assert found is not None
+    assert [c.name for c in found.classes or () if c != "all"] == ["tench", "goldfish"]
 
 
 def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
