@@ -31,6 +31,7 @@ from drl_data.cli_print import (
     print_rows,
     print_spot_check,
     print_summary,
+    print_synthesis,
 )
 from drl_data.errors import DrlDataError, SpecError, UserError, redacted
 from drl_data.pipeline import Pipeline, RunSpec, StoreSpec
@@ -55,6 +56,15 @@ OverrideTars = Annotated[
     list[str] | None,
     typer.Option("--tars", help="Tars instead of the file's: URL, or SPLIT=URL; repeatable."),
 ]
+Executor = Annotated[
+    Literal["local", "process", "ray"] | None,
+    typer.Option(help="Threads of this process, child processes, or a Ray cluster."),
+]
+NWorkers = Annotated[int | None, typer.Option("--workers", help="Child processes or Ray actors.")]
+Gpus = Annotated[
+    float | None, typer.Option("--gpus", help="GPUs of one worker; fractions allowed.")
+]
+Address = Annotated[str | None, typer.Option(help="Address of a Ray cluster.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU if any.")]
 
 
@@ -260,15 +270,10 @@ def extract(
     file: PipelineFile,
     tars: OverrideTars = None,
     store: OverrideStore = None,
-    executor: Annotated[
-        Literal["local", "process", "ray"] | None,
-        typer.Option(help="Threads of this process, child processes, or a Ray cluster."),
-    ] = None,
-    workers: Annotated[int | None, typer.Option(help="Child processes or Ray actors.")] = None,
-    gpus: Annotated[
-        float | None, typer.Option(help="GPUs of one worker; fractions allowed.")
-    ] = None,
-    address: Annotated[str | None, typer.Option(help="Address of a Ray cluster.")] = None,
+    executor: Executor = None,
+    workers: NWorkers = None,
+    gpus: Gpus = None,
+    address: Address = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N samples.")] = None,
     units: Annotated[str | None, typer.Option(help="Part I/N of the units, I from 0.")] = None,
     shuffle: Annotated[int | None, typer.Option(help="Order of the units, by this seed.")] = None,
@@ -288,11 +293,7 @@ def extract(
     if reuse and pipeline.store is not None:
         changed = pipeline.store.model_copy(update={"reuse": tuple(reuse)})
         pipeline = pipeline.model_copy(update={"store": changed})
-    given = {
-        "executor": executor, "workers": workers, "gpus_per_worker": gpus, "address": address
-    }  # fmt: skip
-    changes = {key: value for key, value in given.items() if value is not None}
-    run = type(pipeline.run).model_validate({**pipeline.run.model_dump(), **changes})
+    run = _run_with(pipeline.run, executor, workers, gpus, address)
     stop = Stop()
     _SIGNALS.ask(stop, run.grace_s)
     summaries = extract_all(
@@ -562,6 +563,44 @@ def distill(file: PipelineFile, device: Device = None, store: OverrideStore = No
                                        progress=console_progress())))  # fmt: skip
 
 
+@app.command()
+def synthesize(
+    file: PipelineFile,
+    executor: Executor = None,
+    workers: NWorkers = None,
+    gpus: Gpus = None,
+    address: Address = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N images.")] = None,
+    units: Annotated[str | None, typer.Option(help="Part I/N of the tars, I from 0.")] = None,
+    url: Annotated[
+        str | None, typer.Option("--out", help="Folder or URL for the tars, not the file's.")
+    ] = None,
+) -> None:
+    """Images of prompts, classes or other images, as tars; run it again to resume."""
+    from drl_data.progress import console_progress
+    from drl_data.tasks.synthesize import format_table, run_synthesize
+
+    pipeline = _load(file, None, None)
+    section = _section(pipeline.synthesize, "synthesize", file)
+    if url is not None:
+        section = section.model_copy(update={"url": url})
+    run = _run_with(pipeline.run, executor, workers, gpus, address)
+    stop = Stop()
+    _SIGNALS.ask(stop, run.grace_s)
+    done = run_synthesize(
+        pipeline.model_copy(update={"run": run, "synthesize": section}),
+        limit=limit,
+        part=_parse_part(units),
+        progress=console_progress(),
+        stop=stop,
+    )
+    print_synthesis(done, format_table(done.result))
+    if done.n_left:
+        err.print(f"interrupted, {done.n_left} tars left; run the same command again to resume")
+        _exit_now(3)
+    raise typer.Exit(1 if done.failed or done.result.n_invalid else 0)
+
+
 @app.command("export")
 def export_(
     url: StoreUrl,
@@ -628,6 +667,21 @@ def _load(file: Path, tars: list[str] | None, store: str | None) -> Pipeline:
         reuse = () if pipeline.store is None else pipeline.store.reuse
         pipeline = pipeline.model_copy(update={"store": StoreSpec(url=store, reuse=reuse)})
     return pipeline
+
+
+def _run_with(
+    run: RunSpec,
+    executor: str | None,
+    workers: int | None,
+    gpus: float | None,
+    address: str | None,
+) -> RunSpec:
+    """The section `run` with what the command line says."""
+    given = {
+        "executor": executor, "workers": workers, "gpus_per_worker": gpus, "address": address
+    }  # fmt: skip
+    changes = {key: value for key, value in given.items() if value is not None}
+    return RunSpec.model_validate({**run.model_dump(), **changes})
 
 
 def _section(section: S | None, name: str, file: Path) -> S:

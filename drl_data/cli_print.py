@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from drl_data.runs import Prepared, RunSummary
     from drl_data.spot_check import SpotCheck
     from drl_data.store import FeatureStore
+    from drl_data.tasks.synthesize import SynthesisRun
 
 MAX_LISTED = 20
 """Invalid rows that are printed one by one."""
@@ -94,6 +95,22 @@ def print_summary(summary: RunSummary) -> bool:
     for unit, message in summary.failed:
         err.print(f"[red]unit {unit.id} failed:[/] {escape(message)}", soft_wrap=True)
     return not print_invalid(summary.store) and not summary.failed
+
+
+def print_synthesis(done: SynthesisRun, table: Table) -> None:
+    """Say what a run made, and what a job could not make."""
+    if done.n_pending:
+        rate = done.n_made / done.wall_s
+        out.print(f"{done.n_made} images in {done.wall_s:.1f} s ({rate:.3g}/s)")
+    else:
+        out.print("nothing left to do: no model was loaded")
+    out.print(table)
+    for unit, message in done.failed:
+        err.print(f"[red]tar {unit.id} failed:[/] {escape(message)}", soft_wrap=True)
+    listed = done.result.invalid[:MAX_LISTED]
+    print_rows(listed)
+    if done.result.n_invalid > len(listed):
+        err.print(f"... and {done.result.n_invalid - len(listed)} more; receipts/ has them all")
 
 
 def print_repair(repaired: Repair) -> None:

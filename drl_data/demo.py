@@ -13,11 +13,11 @@ from drl_data.backbones import ModelFolder
 from drl_data.digits import write_digits
 from drl_data.errors import ExecutionError
 from drl_data.pipeline import Pipeline
-from drl_data.pretrain import sample
 from drl_data.progress import Progress
 from drl_data.recipes import find_recipe
 from drl_data.report import write_report
 from drl_data.runs import extract, required_sections
+from drl_data.sampling import sample
 from drl_data.tasks.cluster import format_table as cluster_table
 from drl_data.tasks.cluster import run_cluster
 from drl_data.tasks.distill import format_table as distill_table

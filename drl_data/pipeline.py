@@ -51,6 +51,7 @@ from drl_data.spec_base import (
     Timestep,
     as_tuple,
 )
+from drl_data.synthesize_spec import SynthesizeSpec
 
 
 class StoreSpec(Spec):
@@ -136,6 +137,23 @@ class DistillSpec(Spec):
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
+class ClassesSpec(Spec):
+    """What makes a training class-conditional: the network is told each image's label.
+
+    A share `dropout` of the images is told a class of its own instead, the null class, numbered
+    after the others: classifier-free guidance needs it (Ho and Salimans 2022). With `dropout: 0`
+    there is none.
+    """
+
+    number: Annotated[int, Field(ge=1)] | None = None
+    """Default: as many as the labels have names, or the largest label + 1."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+
+
+def _as_classes(value: object) -> object:
+    return {"number": value} if isinstance(value, int) else value
+
+
 class PretrainSpec(Spec):
     """Training of a pixel-space DDPM (Ho et al. 2020): epsilon loss, EMA weights.
 
@@ -145,6 +163,8 @@ class PretrainSpec(Spec):
     split: str = "train"
     model: dict[str, JsonValue]
     scheduler: dict[str, JsonValue] = {}
+    classes: Annotated[ClassesSpec | None, BeforeValidator(_as_classes)] = None
+    """Also tell the network the label: a number of classes, or `{}` for the labels' own."""
     steps: Annotated[int, Field(ge=1)]
     batch_size: Annotated[int, Field(ge=1)] = 128
     learning_rate: float = 2e-4
@@ -210,6 +230,7 @@ class Pipeline(Spec):
     correspond: CorrespondSpec | None = None
     distill: DistillSpec | None = None
     pretrain: PretrainSpec | None = None
+    synthesize: SynthesizeSpec | None = None
     tiny: TinySpec | None = None
 
     @classmethod
@@ -288,6 +309,8 @@ class Pipeline(Spec):
             changes["pretrain"] = self.pretrain.model_copy(
                 update={"output": join(self.pretrain.output)}
             )
+        if self.synthesize:
+            changes["synthesize"] = _synthesize_with_paths(self.synthesize, join)
         return self.model_copy(update=changes)
 
 
@@ -308,6 +331,16 @@ def _with_paths(backbone: BackboneSpec, join: Callable[[str], str]) -> BackboneS
     if backbone.weights is not None:
         update["weights"] = join(backbone.weights)
     return backbone.model_copy(update=update)
+
+
+def _synthesize_with_paths(spec: SynthesizeSpec, join: Callable[[str], str]) -> SynthesizeSpec:
+    """The same section with `join` applied to its local paths."""
+    update: dict[str, object] = {"url": join(spec.url)}
+    if spec.backbone is not None:
+        update["backbone"] = _with_paths(spec.backbone, join)
+    if spec.prompts is not None and spec.prompts.file is not None:
+        update["prompts"] = spec.prompts.model_copy(update={"file": join(spec.prompts.file)})
+    return spec.model_copy(update=update)
 
 
 def _is_relative_folder(model: str) -> bool:

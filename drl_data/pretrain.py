@@ -1,6 +1,7 @@
 """Training of a small pixel-space DDPM (Ho et al. 2020) from any tars.
 
 x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, loss |eps - eps_theta(x_t, t)|^2 (their eq. 14).
+With `classes` the network is told the image's label, too, and sometimes the null class instead.
 
 Every random number of a step comes from a generator seeded by (seed, step), so that a run which
 was interrupted and resumed gives the weights of one that was not: bit for bit on a CPU.
@@ -15,31 +16,33 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from pydantic import JsonValue
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from drl_data.errors import InputError, ObjectNotFoundError, SpecError, WeightsError
+from drl_data.class_labels import Classes, classes_of, labels_of
+from drl_data.errors import InputError, ObjectNotFoundError, SpecError
 from drl_data.images import read_batches
 from drl_data.index import SampleIndex
 from drl_data.objects import LocalFolder
 from drl_data.pipeline import PretrainSpec, is_absolute
 from drl_data.plan import Unit
 from drl_data.progress import SILENT, Progress
+from drl_data.sampling import RECORD
 from drl_data.spec import ImageSpec
 from drl_data.spec_base import canonical_json
 
 MAX_PIXEL_BYTES = 8 << 30
 """The training set is held on the device as uint8; a larger one is refused."""
-RECORD = "training.json"
 CHECKPOINT = "checkpoint.safetensors"
 LOSS_DECAY = 0.99
 """Of the running mean of the loss that is shown and recorded."""
@@ -72,11 +75,11 @@ def pretrain(
         return folder
     start = time.perf_counter()
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    scheduler = _scheduler(spec, images)
-    pixels_nchw, n_invalid = _training_pixels(spec, index, images, progress)
+    scheduler, classes = _scheduler(spec, images), classes_of(spec.classes, index)
+    data = _training_data(spec, index, images, classes, progress)
     devices = [chosen] if chosen.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        trainer = _Trainer(spec, scheduler, images, pixels_nchw, chosen, bfloat16)
+        trainer = _Trainer(spec, scheduler, images, data, classes, chosen, bfloat16)
         trainer.load(folder, identity)
         with progress.bar("pretrain", spec.steps, "steps") as bar:
             bar.advance(trainer.step)
@@ -89,8 +92,9 @@ def pretrain(
     DDPMPipeline(trainer.ema.cpu(), scheduler).save_pretrained(folder)
     record: JsonValue = {
         **identity,
-        "n_images": len(pixels_nchw),
-        "n_invalid": n_invalid,
+        "n_images": len(data.pixels_nchw),
+        "n_invalid": data.n_invalid,
+        **_class_record(classes, data),
         "loss": float(trainer.loss),
         "seconds": round(time.perf_counter() - start, 1),
         "device": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else chosen.type,
@@ -102,41 +106,6 @@ def pretrain(
     return folder
 
 
-def sample(
-    folder: str | Path, n: int, *, seed: int = 0, steps: int = 50, device: str = "cpu"
-) -> np.ndarray:
-    """Images uint8 [n, c, h, w] drawn from a pixel-space DDPM by DDIM (Song et al. 2021, eta 0).
-
-    Raises:
-        WeightsError: if the folder holds no such model.
-    """
-    try:
-        model = UNet2DModel.from_pretrained(
-            folder, subfolder="unet", use_safetensors=True, local_files_only=True
-        )
-        model = model.to(device).eval()
-        settings = DDIMScheduler.load_config(folder, subfolder="scheduler")
-    except OSError as error:
-        raise WeightsError(
-            f"{folder}: no diffusers folder with unet/ and scheduler/: {error}"
-        ) from error
-    scheduler = DDIMScheduler.from_config(settings, timestep_spacing="trailing")
-    scheduler.set_timesteps(steps)
-    low, high = _pixel_range(Path(folder))
-    size, channels = model.config.sample_size, model.config.in_channels
-    height, width = (size, size) if isinstance(size, int) else size
-    generator = torch.Generator().manual_seed(seed)
-    noise_bchw = torch.randn((n, channels, height, width), generator=generator)
-    done = []
-    for x_bchw in torch.split(noise_bchw, 256):
-        x_bchw = x_bchw.to(device)
-        with torch.no_grad():
-            for t in scheduler.timesteps:
-                x_bchw = scheduler.step(model(x_bchw, t).sample, t, x_bchw).prev_sample
-        done.append(((x_bchw - low) / (high - low) * 255).round().clamp(0, 255).byte().cpu())
-    return torch.cat(done).numpy() if done else noise_bchw.byte().numpy()
-
-
 class _Trainer:
     """Network, its moving average, and optimizer; `step` steps have been done."""
 
@@ -145,7 +114,8 @@ class _Trainer:
         spec: PretrainSpec,
         scheduler: DDPMScheduler,
         images: ImageSpec,
-        pixels_nchw: np.ndarray,
+        data: _TrainingData,
+        classes: Classes | None,
         device: torch.device,
         bfloat16: bool,
     ) -> None:
@@ -153,22 +123,24 @@ class _Trainer:
         self.loss = torch.zeros((), device=device)
         self._spec, self._device, self._bfloat16 = spec, device, bfloat16
         self._low, self._high = images.range
-        self._pixels_nchw = torch.from_numpy(pixels_nchw).to(device)
+        self._pixels_nchw = torch.from_numpy(data.pixels_nchw).to(device)
+        self._labels_n = torch.from_numpy(data.labels_n)
+        self._classes = classes
         self._scheduler = scheduler
         torch.manual_seed(_seed(spec.seed, "init"))
-        self.model = _model(spec, images).to(device).train()
+        self.model = _model(spec, images, classes).to(device).train()
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self._parameters = list(self.model.parameters())
         self._averages = list(self.ema.parameters())
         self._optimizer = torch.optim.AdamW(self._parameters, lr=spec.learning_rate)
-        self._order = _batches_of_rows(len(pixels_nchw), spec.batch_size, spec.seed)
+        self._order = _batches_of_rows(len(data.pixels_nchw), spec.batch_size, spec.seed)
 
     def train_step(self) -> None:
         """One step of AdamW on one batch, and of the moving average."""
-        x_bchw, noise_bchw, t_b = self._draw(next(self._order))
+        x_bchw, noise_bchw, t_b, told_b = self._draw(next(self._order))
         noisy_bchw = self._scheduler.add_noise(x_bchw, noise_bchw, t_b)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bfloat16):
-            predicted_bchw = self.model(noisy_bchw, t_b).sample
+            predicted_bchw = self.model(noisy_bchw, t_b, class_labels=told_b).sample
         loss = F.mse_loss(predicted_bchw.float(), noise_bchw)
         self._optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
@@ -184,8 +156,10 @@ class _Trainer:
             self.loss = kept * self.loss + (1 - kept) * loss.detach()
         self.step += 1
 
-    def _draw(self, rows_b: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Images, noise and timesteps of this step; dropout follows from the same seed.
+    def _draw(
+        self, rows_b: np.ndarray
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Images, noise, timesteps and classes of this step; dropout follows from the same seed.
 
         Drawn on the CPU, so that every device trains on the same numbers.
         """
@@ -198,7 +172,10 @@ class _Trainer:
         noise_bchw = torch.randn(shape, generator=generator).to(self._device)
         pixels_bchw = self._pixels_nchw[rows.to(self._device)].float()
         x_bchw = pixels_bchw * ((self._high - self._low) / 255) + self._low
-        return x_bchw, noise_bchw, t_b.to(self._device)
+        told_b = None
+        if self._classes is not None:
+            told_b = self._classes.dropped(self._labels_n[rows], generator).to(self._device)
+        return x_bchw, noise_bchw, t_b.to(self._device), told_b
 
     def save(self, folder: Path, identity: dict[str, JsonValue]) -> None:
         """Write the checkpoint, whole or not at all."""
@@ -244,10 +221,24 @@ class _Trainer:
 # --- data ---------------------------------------------------------------------------------------
 
 
-def _training_pixels(
-    spec: PretrainSpec, index: SampleIndex, images: ImageSpec, progress: Progress
-) -> tuple[np.ndarray, int]:
-    """The split's valid images uint8 [n, c, h, w], decoded once, and the number of invalid ones."""
+@dataclass(frozen=True)
+class _TrainingData:
+    """The split's valid images uint8 [n, c, h, w], decoded once, and their labels int64 [n] (-1 is
+    none); how many images were left out because they do not decode, or have no label."""
+
+    pixels_nchw: np.ndarray
+    labels_n: np.ndarray
+    n_invalid: int
+    n_unlabelled: int
+
+
+def _training_data(
+    spec: PretrainSpec,
+    index: SampleIndex,
+    images: ImageSpec,
+    classes: Classes | None,
+    progress: Progress,
+) -> _TrainingData:
     if images.frames > 1:
         raise SpecError(f"images.frames {images.frames}: pretraining is of images, not of videos")
     splits = np.array(index.table.column("split").to_pylist())
@@ -262,19 +253,28 @@ def _training_pixels(
             f"pretrain: {unit.n_rows} images are {n_bytes / 2**30:.1f} GiB of pixels, want at most "
             f"{MAX_PIXEL_BYTES / 2**30:.0f} GiB; make images.size or the split smaller"
         )
-    parts, n_invalid = [], 0
+    parts, labels, n_invalid, n_unlabelled = [], [], 0, 0
     with progress.bar("decode", unit.n_rows, "images") as bar:
         for batch in read_batches(
             unit, index, images, batch_size=1024, n_threads=4, prefetch_bytes=256 << 20
         ):
-            bad = [row.row - batch.start for row in batch.invalid]
-            parts.append(np.delete(batch.pixels[: batch.n_rows], bad, axis=0))
-            n_invalid += len(bad)
+            good = np.ones(batch.n_rows, bool)
+            good[[row.row - batch.start for row in batch.invalid]] = False
+            n_invalid += batch.n_rows - int(good.sum())
+            found = labels_of(index, batch.start, batch.start + batch.n_rows)
+            if classes is not None:
+                n_unlabelled += int((good & (found < 0)).sum())
+                good &= found >= 0
+            parts.append(batch.pixels[: batch.n_rows][good])
+            labels.append(found[good])
             bar.advance(batch.n_rows)
-    pixels_nchw = np.concatenate(parts)
+    pixels_nchw, labels_n = np.concatenate(parts), np.concatenate(labels)
     if not len(pixels_nchw):
-        raise SpecError(f"pretrain.split: none of the {n_invalid} images of {spec.split!r} decodes")
-    return pixels_nchw, n_invalid
+        raise SpecError(
+            f"pretrain.split: {spec.split!r} has {unit.n_rows} samples, of which {n_invalid} do "
+            f"not decode and {n_unlabelled} have no label; want at least one to train on"
+        )
+    return _TrainingData(pixels_nchw, labels_n, n_invalid, n_unlabelled)
 
 
 def _batches_of_rows(n: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:
@@ -301,11 +301,24 @@ def _identity(
     spec: PretrainSpec, index: SampleIndex, images: ImageSpec, bfloat16: bool
 ) -> dict[str, JsonValue]:
     """Everything that changes the weights."""
+    # Trainings without classes are those that were recorded before there were any.
+    unused = {"output", "checkpoint_every"} | (set() if spec.classes else {"classes"})
     return {
-        "spec": spec.model_dump(mode="json", exclude={"output", "checkpoint_every"}),
+        "spec": spec.model_dump(mode="json", exclude=unused),
         "images": images.model_dump(mode="json"),
         "dataset": index.digest(),
         "bfloat16": bfloat16,
+    }
+
+
+def _class_record(classes: Classes | None, data: _TrainingData) -> dict[str, JsonValue]:
+    """What training.json says of the classes; nothing without any."""
+    if classes is None:
+        return {}
+    names: list[JsonValue] | None = None if classes.names is None else list(classes.names)
+    return {
+        "classes": {"number": classes.number, "names": names, "null_class": classes.null},
+        "n_unlabelled": data.n_unlabelled,
     }
 
 
@@ -350,9 +363,16 @@ def _scheduler(spec: PretrainSpec, images: ImageSpec) -> DDPMScheduler:
     return scheduler
 
 
-def _model(spec: PretrainSpec, images: ImageSpec) -> UNet2DModel:
+def _model(spec: PretrainSpec, images: ImageSpec, classes: Classes | None) -> UNet2DModel:
+    told = [name for name in ("num_class_embeds", "class_embed_type") if spec.model.get(name)]
+    if told:
+        raise SpecError(
+            f"pretrain.model.{told[0]}: want it left out; pretrain.classes makes the network "
+            "class-conditional"
+        )
+    of_classes = {} if classes is None else {"num_class_embeds": classes.n_embeddings}
     try:
-        model = UNet2DModel(**spec.model)
+        model = UNet2DModel(**spec.model, **of_classes)
     except (TypeError, ValueError) as error:
         raise SpecError(f"pretrain.model is not a UNet2DModel: {error}") from error
     size = model.config.sample_size
@@ -363,17 +383,9 @@ def _model(spec: PretrainSpec, images: ImageSpec) -> UNet2DModel:
             f"pretrain.model: (in_channels, out_channels, sample_size) = {got}, want "
             f"{(images.n_channels, images.n_channels, square)}, the shape of `images`"
         )
+    if classes is not None:
+        classes.mark(model)
     return model
-
-
-def _pixel_range(folder: Path) -> tuple[float, float]:
-    """What uint8 0 and 255 were in training; (-1, 1) for models trained elsewhere."""
-    try:
-        record = json.loads(bytes(LocalFolder(folder).get(RECORD)))
-    except ObjectNotFoundError:
-        return -1.0, 1.0
-    low, high = record["images"]["range"]
-    return low, high
 
 
 def _below(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -101,6 +101,8 @@ class UnitCounts(Spec):
     invalid for it."""
     non_finite: dict[str, dict[str, NonFinite]] = Field(default_factory=dict)
     """Likewise, values that were NaN or infinite as computed."""
+    flagged: Count = 0
+    """Images that a safety checker made black (`drl synthesize`)."""
     fits: dict[str, Count] = Field(default_factory=dict)
     """Array -> CRC-32C of the fitted reduction that it was reduced by."""
 

@@ -25,7 +25,7 @@ from drl_data.pipeline import Pipeline
 from drl_data.plan import InvalidRow
 from drl_data.receipts import Receipt
 from drl_data.report_dense import corresponded, segmented
-from drl_data.report_jobs import clusters, retrieved
+from drl_data.report_jobs import clusters, retrieved, synthetic
 from drl_data.spec import ArraySpec, BackboneSpec
 from drl_data.store import FeatureStore
 from drl_data.tasks.distill import DistillResult
@@ -68,6 +68,10 @@ def write_report(pipeline: Pipeline, *, samples: Path | None = None) -> Path:
         "retrieved": retrieved(results / "retrieve.json", store),
         "segmented": segmented(results, store),
         "corresponded": corresponded(results, store),
+        "synthetic": synthetic(
+            results / "synthesize.json",
+            None if pipeline.synthesize is None else pipeline.synthesize.url,
+        ),
         "stages": _stages(receipts),
         "arrays": _array_bytes(store, receipts),
         "runs": _runs(receipts),

@@ -1,15 +1,30 @@
-"""What the report shows of the jobs on vectors: clusters, neighbours."""
+"""What the report shows of jobs: clusters, neighbours, synthetic images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from drl_data.pictures import row_uri
+import numpy as np
+
+from drl_data.errors import DrlDataError
+from drl_data.images import read_batches
+from drl_data.index import build_index
+from drl_data.objects import join_url
+from drl_data.pictures import THUMBNAIL_SIDE, png_uri, row_uri
+from drl_data.plan import Unit
+from drl_data.spec import DatasetSpec, ImageSpec
 from drl_data.store import FeatureStore
+from drl_data.synthesis_tar import tar_name
 from drl_data.tasks.cluster import ClusterResult
 from drl_data.tasks.retrieve import RetrieveResult
+from drl_data.tasks.synthesize import SynthesizeResult
+from drl_data.unit_jobs import UnitJob
+
+N_SYNTHETIC = 24
+N_SYNTHETIC_TARS = 6
+"""Synthetic images that are shown, and tars that they are of, at most."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +78,78 @@ def retrieved(path: Path, store: FeatureStore) -> Retrieved | None:
         if example.row in uris
     ]
     return Retrieved(result, shown)
+
+
+@dataclass(frozen=True)
+class SyntheticImage:
+    """One image: its data URI and what it was made from."""
+
+    uri: str
+    text: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """The synthesis' result, and some of its images."""
+
+    result: SynthesizeResult
+    pictures: list[SyntheticImage]
+
+
+def synthetic(path: Path, url: str | None) -> Synthetic | None:
+    """None if `drl synthesize` was not run. `url` is where the tars are, with its secrets."""
+    if not path.exists():
+        return None
+    result = SynthesizeResult.load(path)
+    if url is None:
+        return Synthetic(result, [])
+    try:
+        return Synthetic(result, _synthetic_images(result, url))
+    except DrlDataError:  # the tars may be gone, and the numbers still be worth showing
+        return Synthetic(result, [])
+
+
+def _synthetic_images(result: SynthesizeResult, url: str) -> list[SyntheticImage]:
+    """N_SYNTHETIC images at random (of classes in turn, evenly spaced ones would be of few), of
+    tars that are evenly spaced over those made.
+
+    Raises:
+        DrlDataError: tars that cannot be read, or that are of another job.
+    """
+    job = UnitJob.open(url)
+    if job.spec.fingerprint() != result.fingerprint:
+        return []
+    made = [r.unit for r in job.receipts() if r.n_ok]
+    units = _evenly(made, N_SYNTHETIC_TARS)
+    names = tuple(join_url(url, tar_name(result.spec.name, unit)) for unit in units)
+    if not names:
+        return []
+    index = build_index(DatasetSpec(tars={"all": names}))
+    sizes = ImageSpec(size=(THUMBNAIL_SIDE, THUMBNAIL_SIDE), resize="pad", filter="box", mode="RGB")
+    texts = index.table.select(["key", "label", "caption"]).to_pylist()
+    shown = []
+    n = index.n_samples
+    chosen = np.random.default_rng(0).choice(n, min(n, N_SYNTHETIC), replace=False)
+    for row in np.sort(chosen).tolist():
+        (batch,) = read_batches(
+            Unit(0, row, row + 1), index, sizes, batch_size=1, n_threads=1, prefetch_bytes=1 << 20
+        )
+        about = texts[row]
+        label = about["label"]
+        if label is not None and index.label_names is not None:
+            label = index.label_names[label]
+        text = about["caption"] or ("" if label is None else f"class {label}")
+        shown.append(
+            SyntheticImage(png_uri(batch.pixels[0].transpose(1, 2, 0)), text, about["key"])
+        )
+    return shown
+
+
+def _evenly(items: Sequence[int], n: int) -> list[int]:
+    """At most `n` of the items, evenly spaced."""
+    n = min(n, len(items))
+    return [items[(2 * i + 1) * len(items) // (2 * n)] for i in range(n)]
 
 
 def pictures_of(store: FeatureStore, rows: Iterable[int]) -> dict[int, str]:

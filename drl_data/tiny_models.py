@@ -44,7 +44,29 @@ def save_tiny(
 
     for library in (diffusers_logging, logging):
         library.disable_progress_bar()  # of saving one small file
-    return make(folder, **config, **({"vae": vae} if vae else {}))
+    made = make(folder, **config, **({"vae": vae} if vae else {}))
+    if family in PIPELINES:
+        _write_model_index(made, PIPELINES[family])
+    return made
+
+
+def _write_model_index(folder: Path, pipeline: str) -> None:
+    """model_index.json over the components that a folder has, as `save_pretrained` writes it."""
+    import diffusers
+
+    cls = getattr(diffusers, pipeline)
+    parts: dict[str, list[str | None]] = {}
+    for name in sorted(cls._get_signature_keys(cls)[0]):
+        parts[name] = [None, None]
+        for file in ("config.json", "scheduler_config.json", "tokenizer_config.json"):
+            if (folder / name / file).is_file():
+                config = json.loads((folder / name / file).read_text())
+                own = config.get("_class_name")
+                other = (config.get("architectures") or [config.get("tokenizer_class")])[0]
+                parts[name] = ["diffusers", own] if own else ["transformers", other]
+                break
+    settings = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__}
+    (folder / "model_index.json").write_text(json.dumps({**settings, **parts}, indent=2))
 
 
 def save_tiny_ddpm(
@@ -662,3 +684,16 @@ FAMILIES: Mapping[str, Callable[..., Path]] = {
     **{name: partial(save_tiny_encoder, model_type=name) for name in TINY_ENCODERS},
 }
 """What `save_tiny` makes; encoders under transformers' names of their architectures."""
+
+PIPELINES: Mapping[str, str] = {
+    "stable_diffusion": "StableDiffusionPipeline",
+    "sdxl": "StableDiffusionXLPipeline",
+    "dit": "DiTPipeline",
+    "pixart": "PixArtAlphaPipeline",
+    "sana": "SanaPipeline",
+    "sd3": "StableDiffusion3Pipeline",
+    "flux": "FluxPipeline",
+    "z_image": "ZImagePipeline",
+    "qwen_image": "QwenImagePipeline",
+}
+"""Families whose folder says which pipeline samples from them, as the hub's do."""

@@ -19,8 +19,9 @@ from drl_data import pretrain as pretrain_module
 from drl_data.errors import SpecError, WeightsError
 from drl_data.index import SampleIndex, build_index
 from drl_data.pipeline import PretrainSpec
-from drl_data.pretrain import _batches_of_rows, pretrain, sample
+from drl_data.pretrain import _batches_of_rows, pretrain
 from drl_data.progress import SILENT, Progress
+from drl_data.sampling import sample
 from drl_data.spec import DatasetSpec, ImageSpec
 from tests.toy_tars import write_tar
 

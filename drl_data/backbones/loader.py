@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,6 +38,9 @@ from drl_data.schedule_edm import EDMSchedule
 from drl_data.schedule_flow import FlowSchedule
 from drl_data.spec import BackboneSpec
 from drl_data.spec_base import canonical_json, file_digest
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 BUNDLED = "bundled:"
 NETWORK_FOLDERS = ("unet", "transformer")
@@ -70,8 +74,9 @@ class ModelFolder:
     spec: BackboneSpec
 
     @classmethod
-    def find(cls, spec: BackboneSpec) -> ModelFolder:
-        """The local folder of `spec.model`, fetched from the hub if it is a hub id.
+    def find(cls, spec: BackboneSpec, *, whole: bool = False) -> ModelFolder:
+        """The local folder of `spec.model`, fetched from the hub if it is a hub id; with `whole`
+        all that its model_index.json names, and not only what features need.
 
         Raises:
             WeightsError: if there is no such model, with the id and the revision that were tried.
@@ -87,7 +92,7 @@ class ModelFolder:
         elif spec.model.startswith(("/", ".")) or Path(spec.model).is_dir():
             root = Path(spec.model)
         else:
-            root = _fetch(spec)
+            root = _fetch(spec, whole)
         folder = cls(root, spec)
         if not root.is_dir():
             raise WeightsError(f"model {spec.model!r}: no folder {root}")
@@ -185,6 +190,39 @@ class ModelFolder:
             entries[f"lora {i}"] = f"{lora.scale!r} {file_digest(lora.path)}"
         return hashlib.sha256(canonical_json(dict(entries))).hexdigest()
 
+    def whole_digest(self) -> str:
+        """SHA-256 over every file that the whole pipeline reads: `digest`, model_index.json, and
+        components that features do not need (a safety checker)."""
+        entries = {"backbone": self.digest()}
+        index = self.root / "model_index.json"
+        if index.is_file():
+            entries["model_index.json"] = _content_digest(index)
+        for name in sorted(set(pipeline_components(self.root)) - set(COMPONENTS)):
+            for file in sorted((self.root / name).glob("*")):
+                is_weights = ".safetensors" in file.name
+                if file.suffix in _SIDE_FILES and (not is_weights or self._is_used(file)):
+                    entries[f"{name}/{file.name}"] = _content_digest(file)
+        return hashlib.sha256(canonical_json(dict(entries))).hexdigest()
+
+    def pipeline_name(self) -> str:
+        """diffusers' name of the pipeline's class.
+
+        Raises:
+            WeightsError: there is none, so that nothing says how to sample from the model.
+        """
+        name = model_index(self.root).get("_class_name")
+        if not isinstance(name, str):
+            raise WeightsError(
+                f"model {self.spec.model!r}: no model_index.json that names a pipeline of "
+                "diffusers says how to sample from it; give the folder of a whole pipeline"
+            )
+        return name
+
+    def class_names(self) -> dict[int, str]:
+        """Names of classes, as a DiT's model_index.json has them."""
+        names = model_index(self.root).get("id2label")
+        return {int(n): str(name) for n, name in names.items()} if isinstance(names, dict) else {}
+
     def weight_files(self) -> list[Path]:
         """The safetensors of the network, of the variant asked for."""
         found = sorted(self.network.glob("*.safetensors"))
@@ -207,7 +245,43 @@ class ModelFolder:
         return "." not in stem.split("-0")[0]
 
 
-def _fetch(spec: BackboneSpec) -> Path:
+def model_index(root: Path) -> dict[str, object]:
+    """model_index.json of a pipeline's folder; empty if there is none."""
+    try:
+        index = json.loads((root / "model_index.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return index if isinstance(index, dict) else {}
+
+
+def pipeline_class(name: str) -> type[DiffusionPipeline]:
+    """A pipeline class of diffusers.
+
+    Raises:
+        WeightsError: diffusers has none of that name.
+    """
+    import diffusers
+
+    found = getattr(diffusers, name, None)
+    if not isinstance(found, type) or not issubclass(found, diffusers.DiffusionPipeline):
+        raise WeightsError(
+            f"{name!r} is no pipeline of diffusers {diffusers.__version__}; code of other places "
+            "is not run"
+        )
+    return found
+
+
+def pipeline_components(root: Path) -> dict[str, tuple[str, str]]:
+    """Components of a pipeline's folder, as its model_index.json names them: name -> (library,
+    class). Empty if there is none, as in the folder of a single network."""
+    return {
+        name: (value[0], value[1])
+        for name, value in model_index(root).items()
+        if isinstance(value, list) and len(value) == 2 and None not in value and name[0] != "_"
+    }
+
+
+def _fetch(spec: BackboneSpec, whole: bool) -> Path:
     """A snapshot of a hub repository at its pinned revision; only the files that are read."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -227,6 +301,10 @@ def _fetch(spec: BackboneSpec) -> Path:
         root = download()
         if (root / "config.json").is_file():  # one network: its weights lie beside it
             patterns.append("*.safetensors")
+            root = download()
+        others = set(pipeline_components(root)) - set(COMPONENTS) if whole else set()
+        if others:
+            patterns += [f"{name}/*{end}" for name in sorted(others) for end in _SIDE_FILES]
             root = download()
         return root
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
@@ -441,6 +519,21 @@ def load_flow_schedule(
     config = _scheduler_config(folder, path)
     make_sampler = partial(DiffusersSampler.of, config, shift=shift)
     return FlowSchedule(time_scale, make_sampler, counts_from_noise)
+
+
+def scheduler_config(folder: ModelFolder) -> dict[str, object]:
+    """scheduler_config.json of a model.
+
+    Raises:
+        WeightsError: if the folder has none.
+    """
+    path = _scheduler_folder(folder)
+    if path is None:
+        raise WeightsError(
+            f"model {folder.spec.model!r}: no scheduler/ beside the network; give the folder of "
+            "the whole pipeline"
+        )
+    return _scheduler_config(folder, path)
 
 
 def _scheduler_folder(folder: ModelFolder) -> Path | None:

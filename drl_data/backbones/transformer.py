@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from drl_data.backbones.backbone import Backbone, Conditioning, Posterior, refuse_text
 from drl_data.backbones.latent import LatentTextBackbone
@@ -44,6 +44,15 @@ PIXART_T5_TOKENS = {"alpha": 120, "sigma": 300}
 SANA_GEMMA_TOKENS = 300
 
 
+def shift_dit_time(network: nn.Module, shift: int) -> None:
+    """Give the sinusoids of the time their `downscale_freq_shift`."""
+    from diffusers.models.embeddings import Timesteps
+
+    for module in network.modules():
+        if isinstance(module, Timesteps):  # one in each block; diffusers hard-codes its shift
+            module.downscale_freq_shift = shift
+
+
 class DiTBackbone(Backbone):
     """DiTTransformer2DModel and its AutoencoderKL; class-conditional, with a null class."""
 
@@ -64,12 +73,9 @@ class DiTBackbone(Backbone):
     def load(cls, folder: ModelFolder, device: torch.device) -> DiTBackbone:
         """Weights on `device`, or structure only on meta."""
         from diffusers import DiTTransformer2DModel
-        from diffusers.models.embeddings import Timesteps
 
         network = load_network(folder, DiTTransformer2DModel, device)
-        for module in network.modules():
-            if isinstance(module, Timesteps):  # one in each block; diffusers hard-codes its shift
-                module.downscale_freq_shift = folder.spec.dit_time_shift
+        shift_dit_time(network, folder.spec.dit_time_shift)
         return cls(
             network,
             load_schedule(folder),

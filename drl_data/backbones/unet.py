@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel, UNet2DModel
 
 
+NULL_CLASS = "_null_class"
+"""Key of the configuration with the number of the null class, as `drl pretrain` writes it;
+diffusers passes over keys that begin with an underscore."""
+
 OF_THE_INPUT = -1
 """Stands for a side of the input among the sizes that SDXL is told."""
 
@@ -37,13 +41,19 @@ class PixelUNetBackbone(Backbone):
     """diffusers' UNet2DModel: the image itself is noised. Taps may use ADM's names too."""
 
     network: UNet2DModel
+    null_class: int | None = None
+    """The class that stands for none, where the configuration says that there is one."""
 
     @classmethod
     def load(cls, folder: ModelFolder, device: torch.device) -> PixelUNetBackbone:
         """Weights on `device`, or structure only on meta."""
         from diffusers import UNet2DModel
 
-        return cls(load_network(folder, UNet2DModel, device), load_schedule(folder), device)
+        network = load_network(folder, UNet2DModel, device)
+        backbone = cls(network, load_schedule(folder), device)
+        null_class = folder.config(folder.network).get(NULL_CLASS)
+        backbone.null_class = null_class if isinstance(null_class, int) else None
+        return backbone
 
     def aliases(self) -> Mapping[str, tuple[str, str]]:
         return adm_aliases(self.network)
@@ -65,11 +75,19 @@ class PixelUNetBackbone(Backbone):
                 raise SpecError(f"condition.class_label {spec.class_label}: the model has none")
             return Conditioning()
         if spec.class_label == "null":
-            raise SpecError("condition.class_label: this model is class-conditional without a "
-                            "null class; give a number")  # fmt: skip
-        n_classes = self.network.config.num_class_embeds
+            if self.null_class is None:
+                raise SpecError("condition.class_label: this model is class-conditional without a "
+                                "null class; give a number")  # fmt: skip
+            return Conditioning(
+                {"class_labels": torch.tensor([self.null_class], device=self.device)}
+            )
+        n_classes, or_null = self.network.config.num_class_embeds, ""
+        if self.null_class is not None:
+            n_classes, or_null = self.null_class, " or null"
         if n_classes is not None and not 0 <= spec.class_label < n_classes:
-            raise SpecError(f"condition.class_label {spec.class_label}: want 0..{n_classes - 1}")
+            raise SpecError(
+                f"condition.class_label {spec.class_label}: want 0..{n_classes - 1}{or_null}"
+            )
         return Conditioning({"class_labels": torch.tensor([spec.class_label], device=self.device)})
 
     def forward(self, x: Tensor, model_time: Tensor, kwargs: Mapping[str, Tensor]) -> object:
