@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -26,7 +27,7 @@ from drl_data.flops import FeatureFlops
 from drl_data.index import SampleIndex, TarInfo, build_index, if_current
 from drl_data.leases import Limits, Outcome
 from drl_data.noise_bank import by_content, read_bank
-from drl_data.pipeline import Pipeline, StoreSpec
+from drl_data.pipeline import Pipeline, RunSpec, StoreSpec
 from drl_data.plan import Unit, auto_rows_per_unit, select_units
 from drl_data.progress import SILENT, Progress
 from drl_data.receipts import Reused
@@ -49,6 +50,8 @@ from drl_data.store_metadata import Described
 from drl_data.threads import one_thread
 
 log = logging.getLogger(__name__)
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -343,8 +346,7 @@ def run(
     """
     backbone, _, store_spec = required_sections(pipeline)
     settings = pipeline.run
-    local = settings.executor == "local"
-    n_cpus = torch.get_num_threads() if local else max(int(settings.cpus_per_worker), 1)
+    n_cpus = cpus_of_worker(settings)
     extracting = partial(
         make_task,
         store_spec.url,
@@ -358,13 +360,36 @@ def run(
     task: Callable[[], Task[UnitResult | None]] = extracting
     if store_spec.reuse:
         task = partial(make_reuse_task, extracting, store_spec, backbone, settings.memory_bytes)
+    return hand_out(settings, task, units, stop)
+
+
+def cpus_of_worker(settings: RunSpec) -> int:
+    """Units that one worker computes at a time."""
+    if settings.executor == "local":
+        return torch.get_num_threads()
+    return max(int(settings.cpus_per_worker), 1)
+
+
+def hand_out(
+    settings: RunSpec,
+    task: Callable[[], Task[R]],
+    units: Sequence[Unit],
+    stop: Stop | None = None,
+) -> Generator[Outcome[R], None, None]:
+    """Hand the units to the executor that the settings name.
+
+    `task` is made once in each worker; unless that is a thread it must be importable.
+
+    Raises:
+        as `run_local`, `run_process` and `run_ray` of executors.py.
+    """
     limits = Limits(
-        settings.leases or n_cpus + 2,
+        settings.leases or cpus_of_worker(settings) + 2,
         settings.max_attempts,
         settings.max_deaths_per_worker,
         settings.max_failed_in_a_row,
     )
-    if local:
+    if settings.executor == "local":
         return run_local(task, units, limits=limits, stop=stop)
     workers = Workers(settings.workers, settings.gpus_per_worker, settings.cpus_per_worker)
     if settings.executor == "process":

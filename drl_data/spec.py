@@ -9,14 +9,12 @@ Nothing here imports torch, zarr or ray.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import (
     BeforeValidator,
     Field,
-    JsonValue,
     model_validator,
 )
 
@@ -37,6 +35,7 @@ from drl_data.spec_base import (
     StrTuple,
     as_tuple,
     canonical_json,
+    differences,
     size_pair,
 )
 
@@ -449,18 +448,4 @@ class FeatureSpec(Spec):
 
     def differences(self, other: FeatureSpec) -> list[str]:
         """Lines `path: mine != theirs`, one for each leaf that differs; empty if equal."""
-        mine = dict(_leaves(self.model_dump(mode="json")))
-        theirs = dict(_leaves(other.model_dump(mode="json")))
-        return [
-            f"{path}: {json.dumps(mine.get(path))} != {json.dumps(theirs.get(path))}"
-            for path in sorted(mine.keys() | theirs.keys())
-            if mine.get(path) != theirs.get(path)
-        ]
-
-
-def _leaves(value: JsonValue, path: str = "") -> list[tuple[str, JsonValue]]:
-    if isinstance(value, dict) and value:
-        return [leaf for k in value for leaf in _leaves(value[k], f"{path}.{k}" if path else k)]
-    if isinstance(value, list) and value:
-        return [leaf for i, v in enumerate(value) for leaf in _leaves(v, f"{path}[{i}]")]
-    return [(path, value)]
+        return differences(self.model_dump(mode="json"), other.model_dump(mode="json"))

@@ -71,6 +71,24 @@ def canonical_json(value: JsonValue) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
+def differences(mine: JsonValue, theirs: JsonValue) -> list[str]:
+    """Lines `path: mine != theirs`, one for each leaf that differs; empty if equal."""
+    a, b = dict(_leaves(mine)), dict(_leaves(theirs))
+    return [
+        f"{path}: {json.dumps(a.get(path))} != {json.dumps(b.get(path))}"
+        for path in sorted(a.keys() | b.keys())
+        if a.get(path) != b.get(path)
+    ]
+
+
+def _leaves(value: JsonValue, path: str = "") -> list[tuple[str, JsonValue]]:
+    if isinstance(value, dict) and value:
+        return [leaf for k in value for leaf in _leaves(value[k], f"{path}.{k}" if path else k)]
+    if isinstance(value, list) and value:
+        return [leaf for i, v in enumerate(value) for leaf in _leaves(v, f"{path}[{i}]")]
+    return [(path, value)]
+
+
 def file_digest(path: str | Path) -> str:
     """SHA-256 of a file, hexadecimal.
 
