@@ -36,6 +36,7 @@ from drl_data.diffusion_spec import (
 )
 from drl_data.errors import SpecError
 from drl_data.job_specs import ClusterSpec, ProbeSpec, RetrieveSpec
+from drl_data.score_spec import ScoreSpec
 from drl_data.spec import (
     BackboneSpec,
     BucketSpec,
@@ -223,6 +224,7 @@ class Pipeline(Spec):
     stats: StatsSpec | None = None
     cluster: ClusterSpec | None = None
     retrieve: RetrieveSpec | None = None
+    score: ScoreSpec | None = None
     distill: DistillSpec | None = None
     pretrain: PretrainSpec | None = None
     tiny: TinySpec | None = None
@@ -288,6 +290,8 @@ class Pipeline(Spec):
             changes["probe"] = self.probe.model_copy(
                 update={"compare": {k: join(v) for k, v in self.probe.compare.items()}}
             )
+        if self.score and self.score.url:
+            changes["score"] = self.score.model_copy(update={"url": join(self.score.url)})
         if self.pretrain:
             changes["pretrain"] = self.pretrain.model_copy(
                 update={"output": join(self.pretrain.output)}
