@@ -17,6 +17,7 @@ from drl_data.plan import MAX_ROWS_PER_UNIT, Unit, select_units
 from drl_data.progress import SILENT, Progress
 from drl_data.runs import Prepared, cpus_of_worker, hand_out, prepare
 from drl_data.score_spec import LearnedWeights, ScoreSpec
+from drl_data.score_tables import Classes, classes_of
 from drl_data.score_units import INDEX, ScoreContent, StageRecord, make_score_task
 from drl_data.score_weights import rule_weights
 from drl_data.spec import TapSpec
@@ -38,6 +39,7 @@ class StagedRun:
     job: UnitJob
     content: ScoreContent
     index: SampleIndex
+    classes: Classes
     n_units: int
     n_pending: int
     """Units of those asked for that had no losses when it began."""
@@ -64,15 +66,17 @@ def run_stages(
     """
     stop = stop or Stop()
     prepared = _prepared(pipeline, spec, url)
+    index = prepared.index
+    classes = classes_of(prepared.spec.condition.candidates, spec.labels, index.label_names)
     job_spec, content = _job_spec(prepared, spec, pipeline.features.rows_per_unit == "auto")
     prepared.model.check_weights()
     job = UnitJob.create(url, job_spec)
-    saved = _saved_index(job, prepared.index)
+    saved = _saved_index(job, index)
     units = [unit for unit in job.units if limit is None or unit.start < limit]
     if part is not None:
         units = select_units(units, *part)
     pending = job.pending(units)
-    run = StagedRun(job, content, prepared.index, len(units), len(pending), len(pending))
+    run = StagedRun(job, content, index, classes, len(units), len(pending), len(pending))
     if not pending or stop.requested:
         return run
     assert pipeline.backbone is not None, "prepare demands it"
@@ -85,7 +89,7 @@ def run_stages(
         cpus_of_worker(pipeline.run),
         device=device,
         noise_file=pipeline.noise.file,
-        tars=None if prepared.index.tars == saved.tars else prepared.index.tars,
+        tars=None if index.tars == saved.tars else index.tars,
     )
     outcomes = hand_out(pipeline.run, task, pending, stop)
     bar_of_rows = progress.bar("score", sum(unit.n_rows for unit in pending), "images")
@@ -166,7 +170,9 @@ def _rows(index: SampleIndex, split: str | None) -> tuple[int, int]:
     splits = np.array(index.table.column("split").to_pylist())
     rows = np.flatnonzero(splits == split)
     if not len(rows):
-        raise SpecError(f"score.split: no samples in {split!r}; splits: {sorted(set(splits))}")
+        raise SpecError(
+            f"score.split: no samples in {split!r}; splits: {', '.join(sorted(set(splits)))}"
+        )
     return int(rows[0]), len(rows)
 
 

@@ -121,12 +121,13 @@ class LossTable:
         ends = np.cumsum([0, *(len(s.places) for s in found.stages)])
         n_members = found.losses_bckm.shape[3]
         lengths = ends[stage] * n_members
-        flat = found.losses_bckm[images, candidates].reshape(len(images), -1)
+        n_seen = int(ends[-1]) * n_members
+        flat = found.losses_bckm[images, candidates].reshape(len(images), n_seen)
         self._rows.append(rows[images])
         self._candidates.append(candidates)
         self._stages.append(stage)
         self._lengths.append(lengths)
-        self._losses.append(flat[np.arange(flat.shape[1]) < lengths[:, None]])
+        self._losses.append(flat[np.arange(n_seen) < lengths[:, None]])
 
     def to_parquet(self, stages: Sequence[Stage], times: Sequence[ResolvedTime]) -> Buffer:
         """The file's bytes; `timesteps` in its metadata are those of the losses, in order."""

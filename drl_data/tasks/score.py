@@ -262,11 +262,11 @@ def _concluded(
     features, plan = content.features, content.plan
     candidates = features.condition.candidates
     n_members = features.noise.members
-    classes = classes_of(candidates, spec.labels, done.index.label_names)
     ends = np.cumsum([len(stage.places) for stage in plan]) * n_members
     whole = len(plan) == 1
     n_seen = len(plan[0].places)
-    tally = Tally(classes, curve_samples(n_seen, n_members) if whole else ends.tolist())
+    samples = curve_samples(n_seen, n_members) if whole else ends.tolist()
+    tally = Tally(done.classes, samples)
     labels = done.index.table["label"].fill_null(NO_LABEL).to_numpy()
     order = [place for stage in plan for place in stage.places]
     weights_k = np.array(content.weights)[order]
