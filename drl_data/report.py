@@ -25,6 +25,7 @@ from drl_data.pipeline import Pipeline
 from drl_data.plan import InvalidRow
 from drl_data.receipts import Receipt
 from drl_data.report_jobs import clusters, retrieved
+from drl_data.report_scores import scored
 from drl_data.spec import ArraySpec, BackboneSpec
 from drl_data.store import FeatureStore
 from drl_data.tasks.distill import DistillResult
@@ -65,6 +66,7 @@ def write_report(pipeline: Pipeline, *, samples: Path | None = None) -> Path:
         "student": _student(results / "distill.json"),
         "clusters": clusters(results / "cluster.json", store),
         "retrieved": retrieved(results / "retrieve.json", store),
+        "scored": scored(results / "score.json", store),
         "stages": _stages(receipts),
         "arrays": _array_bytes(store, receipts),
         "runs": _runs(receipts),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 import tarfile
 from collections.abc import Sequence
 from functools import partial
@@ -44,6 +45,7 @@ from drl_data.pipeline import Pipeline, PretrainSpec
 from drl_data.plan import Unit
 from drl_data.pretrain import pretrain
 from drl_data.receipts import Receipt
+from drl_data.report import write_report
 from drl_data.runs import extract
 from drl_data.score_run import rows_per_unit
 from drl_data.score_spec import StageSpec
@@ -743,6 +745,31 @@ def test_weights_are_learned_on_a_split(scored: Path, tmp_path: Path) -> None:
     best = max(plain.timesteps, key=lambda one: one.top1).timestep
     weights = {one.timestep: one.weight for one in learned.timesteps}
     assert weights[best] > min(weights.values())
+
+
+def test_the_report(scored: Path, tmp_path: Path) -> None:
+    """Of a store; and of stages over the samples of the store."""
+    given = of_digits(scored, tmp_path, split="test")
+    result = run_score(given).result
+    assert result is not None
+    page = write_report(given).read_text()
+    section = page.split('<section id="score">')[1].split("</section>")[0]
+    assert "from the whole table of losses" in section
+    assert f"<b>{result.splits[0].top1:.1%}</b>".replace("%", " %") in section
+    assert section.count("<svg") == 2
+    right = re.findall(r'title="(.) taken for (.)">(\d*)<', section)
+    assert len(right) == 100
+    assert sum(int(n or 0) for a, b, n in right if a == b) == sum(
+        line[i] for i, line in enumerate(result.confusion or ())
+    )
+    assert section.count('src="data:image/png') == len(result.examples) == 10
+    assert section.count("(wrong)") == min(5, 360 - round(360 * (result.splits[0].top1 or 0)))
+    staged = of_digits(scored, tmp_path, split="test", stages=[[2, 3], {"timesteps": 6}])
+    run_score(staged, limit=40)
+    assert "in 2 stages (2 timesteps, keep 3; 6 timesteps)" in write_report(staged).read_text()
+    shown = ScoreResult.load(tmp_path / "score.json")
+    shown.model_copy(update={"dataset": "f" * 64}).save(tmp_path / "score.json")
+    assert 'id="score"' not in write_report(staged).read_text()
 
 
 def test_the_verb(scored: Path, tmp_path: Path) -> None:
