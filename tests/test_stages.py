@@ -192,7 +192,7 @@ def test_a_loss_that_is_not_finite_never_wins() -> None:
     table = np.ones((1, 3, 2, 1), np.float32)
     table[0, 1] = np.nan
     table[0, 2, :, 0] = 2
-    found = staged_on(table, [Stage((0,), keep=2), Stage((1,))], [1, 1])
+    found = staged_on(table, [Stage((0,), keep=3), Stage((1,))], [1, 1])
     assert found.stage_bc.tolist() == [[2, 1, 2]]
 
 
