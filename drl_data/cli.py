@@ -56,16 +56,16 @@ OverrideTars = Annotated[
     list[str] | None,
     typer.Option("--tars", help="Tars instead of the file's: URL, or SPLIT=URL; repeatable."),
 ]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU if any.")]
 Executor = Annotated[
     Literal["local", "process", "ray"] | None,
     typer.Option(help="Threads of this process, child processes, or a Ray cluster."),
 ]
 NWorkers = Annotated[int | None, typer.Option("--workers", help="Child processes or Ray actors.")]
-Gpus = Annotated[
-    float | None, typer.Option("--gpus", help="GPUs of one worker; fractions allowed.")
-]
+Gpus = Annotated[float | None, typer.Option(help="GPUs of one worker; fractions allowed.")]
 Address = Annotated[str | None, typer.Option(help="Address of a Ray cluster.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU if any.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N samples.")]
+Units = Annotated[str | None, typer.Option(help="Part I/N of the units, I from 0.")]
 
 
 def main() -> None:
@@ -274,8 +274,8 @@ def extract(
     workers: NWorkers = None,
     gpus: Gpus = None,
     address: Address = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N samples.")] = None,
-    units: Annotated[str | None, typer.Option(help="Part I/N of the units, I from 0.")] = None,
+    limit: Limit = None,
+    units: Units = None,
     shuffle: Annotated[int | None, typer.Option(help="Order of the units, by this seed.")] = None,
     repair: Annotated[
         bool, typer.Option("--repair", help="Read the store first; make what is damaged again.")
@@ -293,11 +293,11 @@ def extract(
     if reuse and pipeline.store is not None:
         changed = pipeline.store.model_copy(update={"reuse": tuple(reuse)})
         pipeline = pipeline.model_copy(update={"store": changed})
-    run = _run_with(pipeline.run, executor, workers, gpus, address)
+    pipeline = _with_run(pipeline, executor, workers, gpus, address)
     stop = Stop()
-    _SIGNALS.ask(stop, run.grace_s)
+    _SIGNALS.ask(stop, pipeline.run.grace_s)
     summaries = extract_all(
-        pipeline.model_copy(update={"run": run}),
+        pipeline,
         limit=limit,
         part=_parse_part(units),
         shuffle_seed=shuffle,
@@ -311,6 +311,22 @@ def extract(
         err.print(f"interrupted, {n_left} units left; run the same command again to resume")
         _exit_now(3)
     raise typer.Exit(1 if incomplete else 0)
+
+
+def _with_run(
+    pipeline: Pipeline,
+    executor: str | None,
+    workers: int | None,
+    gpus: float | None,
+    address: str | None,
+) -> Pipeline:
+    """The pipeline with what the command line says about where it runs."""
+    given = {
+        "executor": executor, "workers": workers, "gpus_per_worker": gpus, "address": address
+    }  # fmt: skip
+    changes = {key: value for key, value in given.items() if value is not None}
+    run = type(pipeline.run).model_validate({**pipeline.run.model_dump(), **changes})
+    return pipeline.model_copy(update={"run": run})
 
 
 def _exit_now(status: int) -> NoReturn:
@@ -553,6 +569,43 @@ def correspond(file: PipelineFile, device: Device = None, store: OverrideStore =
         out.print(f"left out: {name}", soft_wrap=True, markup=False)
 
 
+def score(
+    file: PipelineFile,
+    tars: OverrideTars = None,
+    store: OverrideStore = None,
+    device: Device = None,
+    executor: Executor = None,
+    workers: NWorkers = None,
+    gpus: Gpus = None,
+    address: Address = None,
+    limit: Limit = None,
+    units: Units = None,
+) -> None:
+    """Classify images by their denoising losses under each candidate: of a store, or in stages."""
+    from drl_data.progress import console_progress
+    from drl_data.tasks.score import run_score
+    from drl_data.tasks.score_result import format_table
+
+    pipeline = _with_run(_load(file, tars, store), executor, workers, gpus, address)
+    stop = Stop()
+    _SIGNALS.ask(stop, pipeline.run.grace_s)
+    found = run_score(pipeline, device=device, limit=limit, part=_parse_part(units),
+                      progress=console_progress(), stop=stop)  # fmt: skip
+    n_bad = print_rows(found.invalid, "the receipts have")
+    for unit, message in found.failed:
+        err.print(f"[red]unit {unit.id} failed:[/] {escape(message)}", soft_wrap=True)
+    if found.result is not None:
+        out.print(format_table(found.result))
+    elif not found.n_left:
+        n_done = found.n_units - len(found.failed)
+        out.print(f"{n_done} of the {found.n_units} units asked for have losses; there is no "
+                  "result before all have", soft_wrap=True)  # fmt: skip
+    if found.n_left:
+        err.print(f"interrupted, {found.n_left} units left; run the same command again to resume")
+        _exit_now(3)
+    raise typer.Exit(1 if found.failed or n_bad else 0)
+
+
 @app.command()
 def distill(file: PipelineFile, device: Device = None, store: OverrideStore = None) -> None:
     """Train a student on stored features, then on few labels, against one from scratch."""
@@ -584,11 +637,11 @@ def synthesize(
     section = _section(pipeline.synthesize, "synthesize", file)
     if url is not None:
         section = section.model_copy(update={"url": url})
-    run = _run_with(pipeline.run, executor, workers, gpus, address)
+    pipeline = _with_run(pipeline, executor, workers, gpus, address)
     stop = Stop()
-    _SIGNALS.ask(stop, run.grace_s)
+    _SIGNALS.ask(stop, pipeline.run.grace_s)
     done = run_synthesize(
-        pipeline.model_copy(update={"run": run, "synthesize": section}),
+        pipeline.model_copy(update={"synthesize": section}),
         limit=limit,
         part=_parse_part(units),
         progress=console_progress(),
@@ -667,21 +720,6 @@ def _load(file: Path, tars: list[str] | None, store: str | None) -> Pipeline:
         reuse = () if pipeline.store is None else pipeline.store.reuse
         pipeline = pipeline.model_copy(update={"store": StoreSpec(url=store, reuse=reuse)})
     return pipeline
-
-
-def _run_with(
-    run: RunSpec,
-    executor: str | None,
-    workers: int | None,
-    gpus: float | None,
-    address: str | None,
-) -> RunSpec:
-    """The section `run` with what the command line says."""
-    given = {
-        "executor": executor, "workers": workers, "gpus_per_worker": gpus, "address": address
-    }  # fmt: skip
-    changes = {key: value for key, value in given.items() if value is not None}
-    return RunSpec.model_validate({**run.model_dump(), **changes})
 
 
 def _section(section: S | None, name: str, file: Path) -> S:

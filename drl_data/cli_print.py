@@ -141,8 +141,8 @@ def print_invalid(store: FeatureStore) -> int:
     return print_rows([row for receipt in store.iter_receipts() for row in receipt.invalid])
 
 
-def print_rows(rows: Sequence[InvalidRow]) -> int:
-    """List invalid rows, at most 20; returns how many there are."""
+def print_rows(rows: Sequence[InvalidRow], source: str = "samples.parquet has") -> int:
+    """List invalid rows, at most 20; returns how many there are. `source` has the others."""
     for row in rows[:MAX_LISTED]:
         err.print(
             f"[yellow]invalid:[/] row {row.row}, {escape(visible(row.key))}: {row.stage}: "
@@ -150,7 +150,7 @@ def print_rows(rows: Sequence[InvalidRow]) -> int:
             soft_wrap=True,
         )
     if len(rows) > MAX_LISTED:
-        err.print(f"... and {len(rows) - MAX_LISTED} more; samples.parquet has them all")
+        err.print(f"... and {len(rows) - MAX_LISTED} more; {source} them all")
     return len(rows)
 
 

@@ -158,7 +158,26 @@ class ConditionSpec(Spec):
         return self.needs_label or self.caption
 
 
-Timesteps = Annotated[tuple[Timestep, ...], BeforeValidator(as_tuple)]
+def evenly_spread(value: object) -> object:
+    """`{even: 500, of: 1000}` for the timesteps of a schedule: so many, in the middles of as many
+    equal parts of 0 .. 999; with `of: 1`, of the times of a flow."""
+    if not isinstance(value, Mapping) or set(value) != {"even", "of"}:
+        return value
+    n, total = int(value["even"]), int(value["of"])
+    if n < 1 or (total != 1 and n > total):
+        raise ValueError(
+            f"timesteps: {n} of {total}; want at least 1, at most as many as there are"
+        )
+    if total == 1:
+        return tuple((2 * i + 1) / (2 * n) for i in range(n))
+    return tuple((2 * i + 1) * total // (2 * n) for i in range(n))
+
+
+def _as_timesteps(value: object) -> object:
+    return as_tuple(evenly_spread(value))
+
+
+Timesteps = Annotated[tuple[Timestep, ...], BeforeValidator(_as_timesteps)]
 
 STEPPED = ("scheduler_position", "descending_index", "generation_label", "img2img_strength")
 """Conventions that count the steps of a scheduler."""
@@ -213,7 +232,8 @@ class ScheduleSpec(Spec):
         "flow",
     ] = "ddpm_index"
     timesteps: Timesteps
-    """Where the noise is at; the `timestep` axis of the store."""
+    """Where the noise is at; the `timestep` axis of the store. `{even: 50, of: 1000}` is 10, 30,
+    ... 990."""
     condition_at: Literal["same"] | Timesteps = "same"
     """Where the network is told that it is: one for each of `timesteps`, or one for all, in the
     convention's units (an index, a level sigma, t of 0..1 before its shift, a step). The input is

@@ -21,15 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drl_data.backbones import Backbone, Model, find_model, load_backbone
+from drl_data.computers import load_computer
 from drl_data.conditions import SampleConditions
-from drl_data.device_memory import MicroBatches, described, faults_named, is_out_of_memory
+from drl_data.device_memory import MicroBatches, faults_named
 from drl_data.diffusion_spec import ConditionSpec
 from drl_data.errors import (
-    DeviceMemoryError,
     ImageError,
-    StoreMismatchError,
-    TapError,
     redacted,
 )
 from drl_data.features import FeatureComputer
@@ -37,16 +34,13 @@ from drl_data.fits import fitted
 from drl_data.images import read_batches
 from drl_data.index import SampleIndex, TarInfo
 from drl_data.metering import ByteBudget, Clock, take
-from drl_data.noise_bank import bank_digest, read_bank
 from drl_data.numerics import COUNTS_BYTES
 from drl_data.pipeline import RunSpec
 from drl_data.plan import Lease, Unit
 from drl_data.receipts import Receipt, RunRecord, TarRecord, UnitCounts
 from drl_data.spec import BackboneSpec
-from drl_data.spec_base import file_digest
 from drl_data.stopping import Stop
 from drl_data.store import FeatureStore
-from drl_data.taps import ResolvedTap
 from drl_data.unit_features import WHOLE, Selection, UnitFeatures, UnitPass
 
 RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "numpy", "pillow", "drl-data")
@@ -243,7 +237,7 @@ def unit_record(
     return identity.model_copy(
         update={
             "seconds": clock.seconds(),
-            "peak_bytes": _peak_bytes(device),
+            "peak_bytes": peak_bytes(device),
             "attempt": attempt,
             "damage": {name: found for part in parts for name, found in part.damage.items()},
             "tars": tar_records(index, unit),
@@ -294,38 +288,19 @@ def make_task(
     store = FeatureStore.open(store_url)
     if tars is not None:
         store.locate_tars(tars)
-    model = find_model(backbone)
-    found = {"weights": model.digest(), **condition_files(condition)}
-    wanted = {"weights": store.spec.weights, **store.spec.condition_files}
-    bank = None if noise_file is None else read_bank(noise_file)
-    if bank is not None:
-        found["noise"] = bank_digest(bank)
-    if store.spec.noise.file is not None:
-        wanted["noise"] = store.spec.noise.file
-    if found != wanted:
-        raise StoreMismatchError(
-            f"{store_url} was made with {wanted}, but {backbone.model} and the other files "
-            f"have {found}; give the same files, or another store"
-        )
-    use_exact_float32()
-    loaded = _loaded(
-        model, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    computer, conditions = load_computer(
+        store.described,
+        store.index,
+        backbone,
+        condition,
+        device=device,
+        noise_file=noise_file,
+        place=store_url,
     )
-    on_cpu = loaded.device.type == "cpu"
-    if on_cpu:
-        torch.set_num_threads(1)
-    with faults_named(loaded.device, f"{store_url}, before the first unit"):
-        conditions = SampleConditions(loaded, condition, store.index)
-        computer = FeatureComputer(
-            loaded,
-            _frozen_taps(loaded, store),
-            conditions.constant,
-            store.times,
-            store.spec,
-            bank=bank,
-            candidates=conditions.candidates,
-        )
-        micro_batches = MicroBatches(loaded.device)
+    here = computer.backbone.device
+    on_cpu = here.type == "cpu"
+    with faults_named(here, f"{store_url}, before the first unit"):
+        micro_batches = MicroBatches(here)
         fits, checksums = fitted(
             store, computer, conditions, run, micro_batches, read_only=read_only
         )
@@ -335,62 +310,12 @@ def make_task(
     return ExtractTask(store, computers, conditions, run, checksums, micro_batches)
 
 
-def _loaded(model: Model, device: torch.device) -> Backbone:
-    """The backbone on a device.
-
-    Raises:
-        DeviceMemoryError: naming the device, its memory, and what the weights take.
-    """
-    with faults_named(device, "loading the model"):
-        try:
-            return load_backbone(model, str(device))
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            meta = load_backbone(model, "meta")
-            parts = [part for part in (meta.network, meta.vae) if part is not None]
-            n_bytes = sum(p.nbytes for part in parts for p in part.parameters())
-            raise DeviceMemoryError(
-                f"{described(device)}: the model takes {n_bytes / 1e9:.2f} GB in "
-                f"{str(meta.dtype).removeprefix('torch.')} and does not fit; set `backbone.dtype: "
-                "bfloat16`, end what else runs on the GPU (`run.gpus_per_worker: 1`, fewer "
-                "workers), or take one with more memory"
-            ) from error
-
-
-def condition_files(condition: ConditionSpec) -> dict[str, str]:
-    """Digests of the files that a condition names, as a `FeatureSpec` holds them."""
-    path = condition.prompt_embeddings
-    return {} if path is None else {"prompt_embeddings": file_digest(path)}
-
-
-def use_exact_float32() -> None:
-    """Let float32 mean float32: NVIDIA's convolutions would silently round to TF32."""
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
-
-
-def _frozen_taps(backbone: Backbone, store: FeatureStore) -> tuple[ResolvedTap, ...]:
-    """The taps resolved against this model, refused if they are not those that the store froze."""
-    taps = backbone.resolve(store.spec.taps)
-    now = [(tap.name, tap.address) for tap in taps]
-    frozen = [(array.name, array.tap) for array in store.features]
-    if now != frozen:
-        raise TapError(
-            f"{store.url}: the taps resolve differently than when the store was made.\n"
-            f"  store: {', '.join(address for _, address in frozen)}\n"
-            f"  now:   {', '.join(address for _, address in now)}\n"
-            "Use the library versions that the store's receipts record, or another store."
-        )
-    return taps
-
-
 def as_numpy(x: Tensor) -> np.ndarray:
     """The same memory as the store takes it: bfloat16 as its bits."""
     return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
-def _peak_bytes(device: torch.device) -> int:
+def peak_bytes(device: torch.device) -> int:
     """Peak memory of the GPU, or of the process where there is none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

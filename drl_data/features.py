@@ -122,6 +122,40 @@ class FeatureComputer:
             yield t, features | timeless
             timeless = {}
 
+    @property
+    def times(self) -> tuple[ResolvedTime, ...]:
+        """The timesteps, by their places."""
+        return self._times
+
+    @torch.no_grad()
+    def encode(self, pixels: npt.NDArray[np.uint8], keys: Sequence[str]) -> list[Tensor]:
+        """The latents [b, c, h, w] of each member, of images as `compute` takes them."""
+        return self._latents(pixels, keys, TapReducer(()))[0]
+
+    @torch.no_grad()
+    def noised(
+        self, place: int, latents: Sequence[Tensor], keys: Sequence[str]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """(x_t, what the network should put out for it in float32), both [b, c, h, w], of each
+        member at the timestep in `place`."""
+        when = self._times[place]
+        noise = self._noise(keys, latents, place)
+        targets = self._targets(when, latents, noise)
+        return [
+            (corrupt(x, eps, when), target)
+            for x, eps, target in zip(latents, noise, targets, strict=True)
+            if eps is not None
+        ]
+
+    def _targets(
+        self, when: ResolvedTime, latents: Sequence[Tensor], noise: Sequence[Tensor | None]
+    ) -> list[Tensor]:
+        targets = []
+        for clean, eps in zip(latents, noise, strict=True):
+            assert eps is not None, "a loss needs noise, `check_losses` demands it"
+            targets.append(self.backbone.schedule.target(clean, eps, when).float())
+        return targets
+
     def _corrupted(
         self,
         latents: Sequence[Tensor],
@@ -275,18 +309,14 @@ class FeatureComputer:
         mean over the image (Li et al. 2023, eq. 5, without the mean over noise)."""
         if not taps:
             return {}
-        targets: list[Tensor] = []
-        for clean, eps in zip(latents, noise, strict=True):
-            assert eps is not None, "a loss needs noise, `check_losses` demands it"
-            targets.append(self.backbone.schedule.target(clean, eps, when).float())
+        targets = self._targets(when, latents, noise)
         found: dict[str, list[Tensor]] = {tap.name: [] for tap in taps}
         for candidate in self._candidates:
             told = candidate.to(self.backbone.device)
             for target, x in zip(targets, noisy, strict=True):
-                output, _ = self.backbone.denoise(x, when, told, (), _nothing)
+                output = denoised(self.backbone, x, when, told)
                 for tap in taps:
-                    errors = LOSSES[tap.parts](output.float(), target, reduction="none")
-                    found[tap.name].append(errors.flatten(1).mean(1))
+                    found[tap.name].append(error_of(tap, output, target))
         shape = (len(self._candidates), len(latents))
         return {name: torch.stack(x, dim=1).reshape(-1, *shape) for name, x in found.items()}
 
@@ -297,6 +327,17 @@ LOSSES: Mapping[tuple[str, ...], Callable[..., Tensor]] = {
     ("huber",): F.huber_loss,
 }
 """By the parts of a tap `loss`; Huber's has delta 1."""
+
+
+def denoised(backbone: Backbone, x: Tensor, when: ResolvedTime, told: Conditioning) -> Tensor:
+    """What the network puts out for x [b, c, h, w], in float32."""
+    return backbone.denoise(x, when, told, (), _nothing)[0].float()
+
+
+def error_of(tap: ResolvedTap, output: Tensor, target: Tensor) -> Tensor:
+    """The error [b] that a tap `loss` is: its mean over the image."""
+    errors: Tensor = LOSSES[tap.parts](output, target, reduction="none")
+    return errors.flatten(1).mean(1)
 
 
 def _nothing(_tap: ResolvedTap, x: Tensor, _dims: tuple[str, ...]) -> Tensor:

@@ -37,6 +37,7 @@ from drl_data.diffusion_spec import (
 )
 from drl_data.errors import SpecError
 from drl_data.job_specs import ClusterSpec, ProbeSpec, RetrieveSpec
+from drl_data.score_spec import ScoreSpec
 from drl_data.segment_spec import SegmentSpec
 from drl_data.spec import (
     BackboneSpec,
@@ -228,6 +229,7 @@ class Pipeline(Spec):
     retrieve: RetrieveSpec | None = None
     segment: SegmentSpec | None = None
     correspond: CorrespondSpec | None = None
+    score: ScoreSpec | None = None
     distill: DistillSpec | None = None
     pretrain: PretrainSpec | None = None
     synthesize: SynthesizeSpec | None = None
@@ -305,6 +307,8 @@ class Pipeline(Spec):
             if self.correspond.pairs:
                 paths["pairs"] = join(self.correspond.pairs)
             changes["correspond"] = self.correspond.model_copy(update=paths)
+        if self.score and self.score.url:
+            changes["score"] = self.score.model_copy(update={"url": join(self.score.url)})
         if self.pretrain:
             changes["pretrain"] = self.pretrain.model_copy(
                 update={"output": join(self.pretrain.output)}

@@ -26,6 +26,7 @@ from drl_data.plan import InvalidRow
 from drl_data.receipts import Receipt
 from drl_data.report_dense import corresponded, segmented
 from drl_data.report_jobs import clusters, retrieved, synthetic
+from drl_data.report_scores import scored
 from drl_data.spec import ArraySpec, BackboneSpec
 from drl_data.store import FeatureStore
 from drl_data.tasks.distill import DistillResult
@@ -72,6 +73,7 @@ def write_report(pipeline: Pipeline, *, samples: Path | None = None) -> Path:
             results / "synthesize.json",
             None if pipeline.synthesize is None else pipeline.synthesize.url,
         ),
+        "scored": scored(results / "score.json", store),
         "stages": _stages(receipts),
         "arrays": _array_bytes(store, receipts),
         "runs": _runs(receipts),

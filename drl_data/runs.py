@@ -18,11 +18,12 @@ import torch
 from drl_data.answers import Task
 from drl_data.backbones import Model, ModelFolder, find_model
 from drl_data.buckets import split_into_buckets
+from drl_data.computers import condition_files
 from drl_data.conditions import extremes
 from drl_data.diffusion_spec import ConditionSpec, ScheduleSpec
 from drl_data.errors import SpecError
 from drl_data.executors import Workers, run_local, run_process, run_ray
-from drl_data.extract import UnitResult, condition_files, make_task
+from drl_data.extract import UnitResult, make_task
 from drl_data.flops import FeatureFlops
 from drl_data.index import SampleIndex, TarInfo, build_index, if_current
 from drl_data.leases import Limits, Outcome

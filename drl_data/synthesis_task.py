@@ -20,9 +20,10 @@ from pydantic import JsonValue
 from drl_data.backbones.image_maker import ImageMaker, ImageRequest
 from drl_data.backbones.image_pipelines import load_images
 from drl_data.backbones.loader import ModelFolder
+from drl_data.computers import use_exact_float32
 from drl_data.device_memory import MicroBatches, faults_named
 from drl_data.errors import InputError, StoreMismatchError
-from drl_data.extract import is_of, run_identity, use_exact_float32
+from drl_data.extract import is_of, run_identity
 from drl_data.images import read_batches
 from drl_data.index import SampleIndex
 from drl_data.metering import Clock, take

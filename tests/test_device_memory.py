@@ -75,7 +75,7 @@ def small_device(
         if len(args[0]) > n_images:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr("drl_data.extract.load_backbone", loaded)
+    monkeypatch.setattr("drl_data.computers.load_backbone", loaded)
     return seen
 
 
@@ -140,7 +140,7 @@ def test_the_numbers_of_units_do_not_depend_on_when_memory_runs_out(
             raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
 
     runs_out = False
-    monkeypatch.setattr("drl_data.extract.load_backbone", loaded)
+    monkeypatch.setattr("drl_data.computers.load_backbone", loaded)
     changes = {"features": features, "taps": ["mid_block"], "noise": {}, "run": {"leases": 1}}
     changes["images"] = {"size": 16}
     whole = extract(pipeline(photos, sd, tmp_path / "whole", **changes)).store
@@ -174,7 +174,7 @@ def test_a_model_that_does_not_fit_is_an_error_with_its_size(
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return load_backbone(model, device)
 
-    monkeypatch.setattr("drl_data.extract.load_backbone", loaded)
+    monkeypatch.setattr("drl_data.computers.load_backbone", loaded)
     with pytest.raises(DeviceMemoryError, match=r"the model takes 0\.\d\d GB in float32 and does"):
         extract(pipeline(photos, sd, tmp_path / "s"))
 

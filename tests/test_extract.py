@@ -244,7 +244,7 @@ def test_a_second_run_starts_no_backbone(
     def never(*_: object) -> None:
         raise AssertionError("a backbone was started")
 
-    monkeypatch.setattr("drl_data.extract.load_backbone", never)
+    monkeypatch.setattr("drl_data.computers.load_backbone", never)
     summary = extract(chosen)
     assert summary.n_pending == 0
     assert summary.n_units == 3

@@ -25,8 +25,9 @@ import drl_data
 from drl_data.backbones import find_model, load_backbone
 from drl_data.backbones.overrides import read_tensors
 from drl_data.backbones.text import read_embeddings
+from drl_data.computers import condition_files
 from drl_data.errors import DrlDataError
-from drl_data.extract import condition_files, make_task
+from drl_data.extract import make_task
 from drl_data.index import SampleIndex
 from drl_data.noise_bank import read_bank
 from drl_data.pipeline import Pipeline, PretrainSpec

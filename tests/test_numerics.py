@@ -93,7 +93,7 @@ def spoil(
             output[row].view(-1)[: len(bad)] = torch.tensor(bad)
         return output
 
-    monkeypatch.setattr("drl_data.extract.load_backbone", loaded)
+    monkeypatch.setattr("drl_data.computers.load_backbone", loaded)
 
 
 def run(chosen: Pipeline) -> RunSummary:
@@ -270,7 +270,7 @@ def test_a_table_of_losses_is_counted_too(
         )
         return backbone
 
-    monkeypatch.setattr("drl_data.extract.load_backbone", loaded)
+    monkeypatch.setattr("drl_data.computers.load_backbone", loaded)
     chosen = pipeline(
         tars,
         model,

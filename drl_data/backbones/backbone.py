@@ -116,6 +116,10 @@ class Conditioning:
             {k: v if len(v) == 1 else v[start:stop] for k, v in self.kwargs.items()}
         )
 
+    def take(self, samples: Tensor) -> Conditioning:
+        """That of the samples at these positions int64 [n], in this order, again and again."""
+        return Conditioning({k: v[samples.to(v.device)] for k, v in self.kwargs.items()})
+
     def expand(self, n: int) -> dict[str, Tensor]:
         """Arguments for `n` samples; one conditioning for all is not copied."""
         return {k: v.expand(n, *v.shape[1:]) for k, v in self.kwargs.items()}
