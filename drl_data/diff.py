@@ -93,7 +93,7 @@ def diff_stores(a: FeatureStore, b: FeatureStore) -> StoreDiff:
     keys = a.index.table["key"].take(rows_a[differing]).to_pylist()
     requested = [[time.requested for time in store.times] for store in (a, b)]
     both_times = [t for t in requested[0] if t in requested[1]]
-    names = [store.spec.images.view_names or ("id",) for store in (a, b)]
+    names = [store.spec.view_names or ("id",) for store in (a, b)]
     specs = [{array.name: array for array in store.features} for store in (a, b)]
     same = [x for name, x in specs[0].items() if _same_array(a, b, x, specs[1].get(name))]
     kept = {array.name for array in same}

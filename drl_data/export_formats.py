@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -27,13 +26,12 @@ import webdataset
 from torch import Tensor
 
 from drl_data.errors import SpecError
+from drl_data.key_names import file_name, member_name
 from drl_data.selection import NO_LABEL, Rows
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-MAX_NAME = 180
-"""Characters of a key that become a file's name; file systems allow 255 bytes."""
 PER_FOLDER = 1000
 
 NATIVE = (torch.float32, torch.float16, torch.uint8, torch.int8)
@@ -63,26 +61,6 @@ def whole(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def file_name(key: str) -> str:
-    """A key as one name in a folder, whatever is in it: `a/b` is `a%2Fb`; never a path, never
-    hidden, and short."""
-    name = quote(key, safe=" +,=@()[]")
-    if name.startswith("."):
-        name = "%2E" + name[1:]
-    if len(name) <= MAX_NAME:
-        return name
-    return f"{name[:MAX_NAME]}-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
-
-
-def member_name(key: str) -> str:
-    """A key inside a tar. Folders stay, so that tars of images join; what would lead elsewhere, and
-    dots, which would cut the key there, are escaped."""
-    parts = key.split("/")
-    if any(part in ("", ".", "..") for part in parts) or "\\" in key:
-        return file_name(key).replace(".", "%2E")
-    return "/".join(file_name(part).replace(".", "%2E") for part in parts)
 
 
 def as_numpy(x: Tensor) -> np.ndarray:

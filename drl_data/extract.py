@@ -73,7 +73,7 @@ class ExtractTask:
         self._conditions = conditions
         self.fits = dict(fits or {})
         """Array -> CRC-32C of the fitted reduction that it is reduced by."""
-        self._spec = store.spec
+        self._spec = store.computed_spec
         self._index = store.index
         self._run = run
         self._device = computers[0].backbone.device
@@ -296,12 +296,13 @@ def make_task(
         store.locate_tars(tars)
     model = find_model(backbone)
     found = {"weights": model.digest(), **condition_files(condition)}
-    wanted = {"weights": store.spec.weights, **store.spec.condition_files}
+    spec = store.computed_spec
+    wanted = {"weights": spec.weights, **spec.condition_files}
     bank = None if noise_file is None else read_bank(noise_file)
     if bank is not None:
         found["noise"] = bank_digest(bank)
-    if store.spec.noise.file is not None:
-        wanted["noise"] = store.spec.noise.file
+    if spec.noise.file is not None:
+        wanted["noise"] = spec.noise.file
     if found != wanted:
         raise StoreMismatchError(
             f"{store_url} was made with {wanted}, but {backbone.model} and the other files "
@@ -321,7 +322,7 @@ def make_task(
             _frozen_taps(loaded, store),
             conditions.constant,
             store.times,
-            store.spec,
+            spec,
             bank=bank,
             candidates=conditions.candidates,
         )
@@ -372,7 +373,7 @@ def use_exact_float32() -> None:
 
 def _frozen_taps(backbone: Backbone, store: FeatureStore) -> tuple[ResolvedTap, ...]:
     """The taps resolved against this model, refused if they are not those that the store froze."""
-    taps = backbone.resolve(store.spec.taps)
+    taps = backbone.resolve(store.computed_spec.taps)
     now = [(tap.name, tap.address) for tap in taps]
     frozen = [(array.name, array.tap) for array in store.features]
     if now != frozen:

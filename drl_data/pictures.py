@@ -155,7 +155,7 @@ def _pixels(store: FeatureStore, row: int) -> Pixels | None:
     batches = read_batches(
         Unit(0, row, row + 1),
         store.index,
-        store.spec.images.model_copy(update={"frames": 1}),
+        store.image_spec.model_copy(update={"frames": 1}),
         batch_size=1,
         n_threads=1,
         prefetch_bytes=64 << 20,

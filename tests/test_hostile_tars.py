@@ -32,12 +32,13 @@ from drl_data.decode import decode_image
 from drl_data.errors import ImageError, InputError
 from drl_data.extract import make_task
 from drl_data.images import read_batches
-from drl_data.index import MAX_MEMBER_BYTES, SampleIndex, build_index
+from drl_data.index import SampleIndex, build_index
 from drl_data.pipeline import Pipeline
 from drl_data.plan import Lease, Unit
 from drl_data.runs import extract
 from drl_data.spec import DatasetSpec, ImageSpec
 from drl_data.store import FeatureStore
+from drl_data.tar_samples import MAX_MEMBER_BYTES
 from drl_data.tiny_models import save_tiny_ddpm
 from tests.hostile_images import HOSTILE, damaged, encode, photo
 from tests.test_extract import assert_same_store, pipeline

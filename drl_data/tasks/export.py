@@ -126,7 +126,7 @@ def export(
     )
     _begin(out, result)
     flipped = None
-    if to == "safetensors" and view is None and FLIP in store.spec.images.view_names:
+    if to == "safetensors" and view is None and FLIP in store.spec.view_names:
         flipped = FeatureDataset(store, taps, timesteps, split=split, view=FLIP)
     splits = samples["split"].combine_chunks().take(pa.array(chosen.rows)).to_pylist()
     with progress.bar("export", len(dataset), "images") as bar:
