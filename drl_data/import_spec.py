@@ -15,6 +15,9 @@ from drl_data.spec_base import DType, Positive, Spec, StorageDType, StrTuple, Ti
 
 SourceFormat = Literal["webdataset", "npy", "parquet", "safetensors"]
 
+IMPORTED = "imported"
+"""Convention of timesteps of which nothing is known but their number."""
+
 DIMS: dict[int, tuple[str, ...]] = {
     1: ("channel",),
     2: ("token", "channel"),

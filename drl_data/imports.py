@@ -14,7 +14,7 @@ from typing import get_args
 
 from drl_data.catalogue import Catalogue
 from drl_data.errors import InputError, SpecError
-from drl_data.import_spec import DIMS, ImportSpec, SourceArray, SourceContent, SourceSpec
+from drl_data.import_spec import DIMS, IMPORTED, ImportSpec, SourceArray, SourceContent, SourceSpec
 from drl_data.import_task import make_import_task, row_shape
 from drl_data.index import SampleIndex, build_index
 from drl_data.pipeline import Pipeline, StoreSpec
@@ -32,9 +32,6 @@ from drl_data.spec_base import StorageDType
 from drl_data.stopping import Stop
 from drl_data.store import FeatureStore
 from drl_data.store_metadata import Described
-
-CONVENTION = "imported"
-"""Of timesteps of which nothing is known but their number."""
 
 TRIED = 64
 """Samples that are looked at until one has an array; its type and shape are the array's."""
@@ -81,7 +78,7 @@ def prepare_import(pipeline: Pipeline, *, progress: Progress = SILENT) -> Prepar
         dtype=source.dtype,
     )
     times = tuple(
-        ResolvedTime(requested=t, convention=CONVENTION, model_time=t, alpha=1.0, sigma=0.0)
+        ResolvedTime(requested=t, convention=IMPORTED, model_time=t, alpha=1.0, sigma=0.0)
         for t in source.timesteps or (0,)
     )
     return PreparedImport(index, catalogue, Described(spec, arrays, times))
@@ -213,13 +210,13 @@ def import_features(
     store = FeatureStore.create(
         store_spec.url, *prepared.described, prepared.index, prepared.catalogue
     )
-    _require_unchanged(store, prepared.catalogue)
     units = [u for u in store.units if limit is None or u.start < limit]
     if part is not None:
         units = select_units(units, *part)
     if repair:
         removed = remove_damaged(store, prepared.index, units, prepared.catalogue)
         repaired = repaired.merged(removed)
+    _require_unchanged(store, prepared.catalogue)
     pending = store.pending(units)
     if shuffle_seed is not None:
         random.Random(shuffle_seed).shuffle(pending)

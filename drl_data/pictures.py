@@ -151,7 +151,10 @@ def row_uri(store: FeatureStore, row: int) -> str | None:
 
 
 def _pixels(store: FeatureStore, row: int) -> Pixels | None:
-    """[h, w, c] of one row, of a video its first frame; None if its tar is not there any more."""
+    """[h, w, c] of one row, of a video its first frame; None if its tar is not there any more, or
+    features were imported without images."""
+    if store.spec.images is None:
+        return None
     batches = read_batches(
         Unit(0, row, row + 1),
         store.index,

@@ -250,8 +250,9 @@ class FeatureStore:
         """
         if self.spec.images is None:
             raise SpecError(
-                f"{self.url}: its features were imported without images, so it has no pixels; "
-                "import again with the sections `dataset:` and `images:`, into another store"
+                f"{self.url}: its features were imported without images, so it has no pixels; do "
+                "without them (`probe.pixels: false`), or import into another store with the "
+                "sections `dataset:` and `images:`"
             )
         return self.spec.images
 
