@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from pydantic import JsonValue
 
 from drl_data.errors import InputError, ObjectNotFoundError, is_redacted, redacted, visible
+from drl_data.label_table import LabelTable, digest_of_table, read_label_table
 from drl_data.objects import Buffer, Folder, open_parent, split_url
 from drl_data.progress import SILENT, Progress
 from drl_data.spec import DatasetSpec
@@ -100,6 +101,8 @@ class SampleIndex:
     tars: tuple[TarInfo, ...]
     label_names: tuple[str, ...] | None
     dataset: DatasetSpec
+    labels_digest: str | None = None
+    """SHA-256 of the file of `dataset.labels`. What it says of the samples is in the table."""
 
     @property
     def n_samples(self) -> int:
@@ -188,12 +191,14 @@ class SampleIndex:
 
         URLs are written without their secrets: `with_urls` and `located` give them back.
         """
-        about: JsonValue = {
+        about: dict[str, JsonValue] = {
             "format": INDEX_FORMAT,
             "tars": [asdict(tar) for tar in self.public_tars()],
             "label_names": self._label_json(),
             "dataset": _without_secrets(self.dataset).model_dump(mode="json"),
         }
+        if self.labels_digest is not None:
+            about["labels_digest"] = self.labels_digest
         buffer = pa.BufferOutputStream()
         table = self.table.replace_schema_metadata({b"drl_data": canonical_json(about)})
         pq.write_table(table, buffer, compression="zstd")
@@ -244,6 +249,7 @@ class SampleIndex:
                 tuple(TarInfo(**tar) for tar in about["tars"]),
                 None if names is None else tuple(names),
                 DatasetSpec.model_validate(about["dataset"]),
+                about.get("labels_digest"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{place}: damaged index ({error!r}); index the tars again") from error
@@ -262,6 +268,7 @@ def build_index(
             nothing, or there is no sample at all.
     """
     tars = list_tars(dataset)
+    labels = None if dataset.labels is None else read_label_table(dataset.labels)
     folders = {split_url(url)[0]: open_parent(url)[0] for _, url in tars}
 
     def scan(tar: tuple[str, str]) -> tuple[TarInfo, pa.Table]:
@@ -284,10 +291,43 @@ def build_index(
             f"no samples in {len(tars)} tars ({names}{', ...' if len(tars) > 3 else ''}); want "
             f"members named KEY.EXTENSION with an extension of {list(dataset.image)}"
         )
+    if labels is not None:
+        tables = _labelled(tables, labels, n_samples)
     table, label_names = _joined(infos, tables)
-    index = SampleIndex(table, tuple(infos), label_names, dataset)
+    index = SampleIndex(
+        table, tuple(infos), label_names, dataset, None if labels is None else labels.digest
+    )
     _warn_of_repeated_keys(index)
     return index
+
+
+def _labelled(tables: Sequence[pa.Table], labels: LabelTable, n_samples: int) -> list[pa.Table]:
+    """Samples with the labels of a table.
+
+    Raises:
+        InputError: it has none of them.
+    """
+    done = [labels.onto(table) for table in tables]
+    n_found = sum(n for _, n in done)
+    if not n_found:
+        ours = next(table.column("key")[0].as_py() for table in tables if table.num_rows)
+        raise InputError(
+            f"{labels.spec.file}: has none of the {n_samples} samples; their keys are like "
+            f"{visible(ours)!r}, those of its column {labels.spec.key!r} like "
+            f"{visible(str(labels.keys[0])) if len(labels.keys) else 'none'!r}"
+        )
+    if n_found < n_samples:
+        log.warning(
+            "%s: no line for %d of %d samples, which are without its labels",
+            redacted(labels.spec.file), n_samples - n_found, n_samples,
+        )  # fmt: skip
+    return [table for table, _ in done]
+
+
+def _rules(dataset: DatasetSpec) -> dict[str, JsonValue]:
+    """How samples are read, wherever they lie."""
+    rules = {"image", "label", "caption", "labels"}
+    return _without_secrets(dataset).model_dump(mode="json", include=rules)
 
 
 def _warn_of_repeated_keys(index: SampleIndex) -> None:
@@ -312,8 +352,9 @@ def if_current(
     Raises:
         InputError: if a pattern matches nothing or a tar is missing.
     """
-    rules = {"image", "label", "caption"}
-    if index.dataset.model_dump(include=rules) != dataset.model_dump(include=rules):
+    if _rules(index.dataset) != _rules(dataset):
+        return None
+    if dataset.labels is not None and index.labels_digest != digest_of_table(dataset.labels):
         return None
     tars = list_tars(dataset)
     if [(t.split, t.public_url) for t in index.tars] != [(s, redacted(url)) for s, url in tars]:
@@ -341,13 +382,14 @@ def joined_index(indices: Sequence[SampleIndex]) -> SampleIndex:
         InputError: tars that were read by other rules, or one that is in several indices.
     """
     first = indices[0].dataset
-    rules = {"image", "label", "caption"}
     for index in indices[1:]:
-        if index.dataset.model_dump(include=rules) != first.model_dump(include=rules):
+        if _rules(index.dataset) != _rules(first):
             raise InputError(
-                f"tars were indexed by other rules: {index.dataset.model_dump(include=rules)} and "
-                f"{first.model_dump(include=rules)}; index them alike"
+                f"tars were indexed by other rules: {_rules(index.dataset)} and {_rules(first)}; "
+                "index them alike"
             )
+        if index.labels_digest != indices[0].labels_digest:
+            raise InputError("tars were indexed with other tables of labels; index them alike")
     urls = Counter(tar.url for index in indices for tar in index.tars)
     twice = [url for url, n in urls.items() if n > 1]
     if twice:
@@ -368,7 +410,7 @@ def joined_index(indices: Sequence[SampleIndex]) -> SampleIndex:
                     tables.append(_with_label_texts(index, index.table.filter(is_here)))
     table, label_names = _joined(infos, tables)
     dataset = first.model_copy(update={"tars": splits})
-    return SampleIndex(table, tuple(infos), label_names, dataset)
+    return SampleIndex(table, tuple(infos), label_names, dataset, indices[0].labels_digest)
 
 
 def _with_label_texts(index: SampleIndex, table: pa.Table) -> pa.Table:
@@ -387,7 +429,10 @@ def _with_label_texts(index: SampleIndex, table: pa.Table) -> pa.Table:
 
 def _without_secrets(dataset: DatasetSpec) -> DatasetSpec:
     tars = {split: tuple(map(redacted, urls)) for split, urls in dataset.tars.items()}
-    return dataset.model_copy(update={"tars": tars})
+    labels = dataset.labels
+    if labels is not None:
+        labels = labels.model_copy(update={"file": redacted(labels.file)})
+    return dataset.model_copy(update={"tars": tars, "labels": labels})
 
 
 def list_tars(dataset: DatasetSpec) -> list[tuple[str, str]]:

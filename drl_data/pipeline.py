@@ -278,13 +278,13 @@ class Pipeline(Spec):
         def join(url: str) -> str:
             return url if is_absolute(url) else str(folder / url)
 
+        given, table = self.dataset, self.dataset.labels
+        if table is not None:
+            table = table.model_copy(update={"file": join(table.file)})
+        tars = {split: tuple(join(url) for url in urls) for split, urls in given.tars.items()}
         changes: dict[str, object] = {
             "results": join(self.results),
-            "dataset": self.dataset.model_copy(
-                update={
-                    "tars": {k: tuple(join(u) for u in v) for k, v in self.dataset.tars.items()}
-                }
-            ),
+            "dataset": given.model_copy(update={"tars": tars, "labels": table}),
         }
         if self.source:
             files = {k: tuple(join(u) for u in v) for k, v in self.source.files.items()}

@@ -78,7 +78,7 @@ def rehearsal(pipeline: Pipeline, folder: Path, *, n_samples: int = N_SAMPLES) -
         for tap in pipeline.taps
     ]
     dataset = {
-        **pipeline.dataset.model_dump(exclude_unset=True),
+        **pipeline.dataset.model_dump(exclude_unset=True, exclude={"labels"}),
         "tars": {"all": str(folder / "photos" / "*.tar")},
     }
     return Pipeline.parse(

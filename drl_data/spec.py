@@ -48,6 +48,21 @@ def as_splits(value: object) -> object:
     return value if isinstance(value, Mapping) else {"all": value}
 
 
+class LabelsSpec(Spec):
+    """A table with a line for each sample: labels, captions or splits that the tars do not have."""
+
+    file: str
+    """Parquet, or CSV (`.tsv`: tabs) with a line of names; a path or URL."""
+    key: str = "key"
+    """Column of the samples' keys (a tar's member `a/b.jpg` has the key `a/b`); each once."""
+    label: str | None = "label"
+    """Column of the labels, integers or texts; null: labels are those of the tars."""
+    caption: str | None = None
+    """Column of the captions; null: those of the tars."""
+    split: str | None = None
+    """Column of the names of splits; null, or no value in a line: as `tars` says."""
+
+
 class DatasetSpec(Spec):
     """WebDataset tars and which of their members mean what.
 
@@ -63,6 +78,8 @@ class DatasetSpec(Spec):
     """Extension of the label, or `EXT:FIELD` for a field of a JSON member."""
     caption: str | None = "txt"
     """Extension of the caption, or `EXT:FIELD` for a field of a JSON member."""
+    labels: LabelsSpec | None = None
+    """A table that has them instead."""
 
 
 Channel = Annotated[int, Field(ge=0, le=255)]
