@@ -615,6 +615,9 @@ def export_(
         Literal["key", "row"], typer.Option(help="What .npy files are called by.")
     ] = "key",
     rows_per_file: Annotated[int | None, typer.Option(min=1, help="Default: 10000.")] = None,
+    images: Annotated[
+        bool, typer.Option("--images", help="npy: also the images, as REPA's reader wants them.")
+    ] = False,
 ) -> None:
     """Features as .npy trees, safetensors shards, Parquet, WebDataset or HDF5; resumable."""
     from drl_data.progress import console_progress
@@ -631,6 +634,7 @@ def export_(
         view=view,
         names=names,
         rows_per_file=rows_per_file,
+        images=images,
         progress=console_progress(),
     )
     out.print(

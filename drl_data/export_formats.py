@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 import webdataset
+from PIL import Image
 from torch import Tensor
 
 from drl_data.errors import SpecError
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 PER_FOLDER = 1000
+IMAGES = "images"
 
 NATIVE = (torch.float32, torch.float16, torch.uint8, torch.int8)
 """What NumPy, Parquet and HDF5 have."""
@@ -49,6 +51,8 @@ class Part:
     cells: Mapping[tuple[str, str], Tensor]
     flipped: Mapping[tuple[str, str], Tensor]
     """The same of the mirrored images, if the store has that view and the format wants it."""
+    pixels: Tensor | None = None
+    """[b, c, h, w] uint8, if the format wants them."""
 
 
 @contextmanager
@@ -83,6 +87,23 @@ def write_npy(out: Path, part: Part, names: str) -> None:
             if not path.exists():
                 with whole(path) as temporary, open(temporary, "wb") as file:
                     np.save(file, values[i], allow_pickle=False)
+
+
+def write_images(out: Path, part: Part, names: str) -> None:
+    """One PNG for each sample in the folder `images`, beside and in the order of its features."""
+    assert part.pixels is not None
+    for pixels, row, key in zip(part.pixels.numpy(), part.rows.tolist(), part.keys, strict=True):
+        path = image_path(out / IMAGES, row, key, names)
+        if not path.exists():
+            picture = pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
+            with whole(path) as temporary:
+                Image.fromarray(np.ascontiguousarray(picture)).save(temporary, "PNG")
+
+
+def image_path(folder: Path, row: int, key: str, names: str) -> Path:
+    """Of one sample's image; sorted by name it is where its features are (REPA pairs them so)."""
+    name = f"img{row:08d}" if names == "row" else file_name(key)
+    return folder / f"{row // PER_FOLDER:05d}" / f"{name}.png"
 
 
 def write_safetensors(path: Path, part: Part, cell: tuple[str, str], fingerprint: str) -> None:

@@ -195,7 +195,9 @@ class SampleIndex:
             "format": INDEX_FORMAT,
             "tars": [asdict(tar) for tar in self.public_tars()],
             "label_names": self._label_json(),
-            "dataset": _without_secrets(self.dataset).model_dump(mode="json"),
+            "dataset": _without_secrets(self.dataset).model_dump(
+                mode="json", exclude=None if self.dataset.labels else {"labels"}
+            ),
         }
         if self.labels_digest is not None:
             about["labels_digest"] = self.labels_digest

@@ -29,6 +29,7 @@ from drl_data.imports import import_features, prepare_import
 from drl_data.index import SampleIndex
 from drl_data.job_specs import ClusterSpec, ProbeSpec, RetrieveSpec
 from drl_data.merge import merge
+from drl_data.npy import parse_npy
 from drl_data.objects import open_folder
 from drl_data.pipeline import Pipeline, StatsSpec
 from drl_data.plan import Lease
@@ -345,6 +346,28 @@ def test_bad_values_are_rows_with_a_reason(tmp_path: Path) -> None:
     receipt = store.receipts()[0]
     assert receipt.n_ok + receipt.n_invalid == store.spec.n_samples == 8
     assert store.verify(deep=True) == []
+
+
+def test_rows_that_lack_a_value_count_for_nothing(tmp_path: Path) -> None:
+    """A NaN in a row that has no features anyway fails no unit and is not counted."""
+    bad = np.array([np.nan, np.inf], np.float32)
+    write_tar(
+        tmp_path / "x.tar",
+        [
+            ("a.f.npy", npy(np.ones(2, np.float32))),
+            ("a.g.npy", npy(np.ones(2, np.float32))),
+            ("b.f.npy", npy(bad)),
+        ],
+    )
+    source = {
+        "format": "webdataset",
+        "files": f"{tmp_path}/x.tar",
+        "arrays": [{"name": "f"}, {"name": "g"}],
+    }
+    store = imported(tmp_path / "s.zarr", source)
+    assert reasons(store) == {"b": "g: no g.npy: the sample has f.npy"}
+    assert store.receipts()[0].counts.non_finite == {}
+    assert parse_npy(npy(np.ones(2, np.dtype(">f4")))).dtype.isnative
 
 
 def test_npz_members(tmp_path: Path) -> None:
