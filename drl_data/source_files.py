@@ -358,6 +358,8 @@ def safetensors_header(file: TarInfo) -> tuple[dict[str, Any], int]:
             if tensor == "__metadata__":
                 continue
             start, stop = about["data_offsets"]
+            if not all(type(n) is int and n >= 0 for n in (start, stop, *about["shape"])):
+                raise ValueError(f"tensor {tensor!r} of shape {about['shape']}")
             size = ITEM_BYTES.get(about["dtype"])
             n_bytes = None if size is None else size * math.prod(about["shape"])
             if not 0 <= start <= stop <= file.size - 8 - length or n_bytes not in (

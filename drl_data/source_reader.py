@@ -158,7 +158,13 @@ class SourceReader:
         shape = self.catalogue.layout(number)["shapes"][name]
         found: Found = {}
         for group, own in sorted(wanted.items()):
-            column = parquet.read_row_group(group, columns=[name]).column(name).combine_chunks()
+            try:
+                table = parquet.read_row_group(group, columns=[name])
+            except (pa.ArrowException, OSError) as error:
+                raise InputError(
+                    f"{file.url}: column {name!r} cannot be read ({error}); write the file again"
+                ) from error
+            column = table.column(name).combine_chunks()
             for row, i in own:
                 found[row] = _of_list(column, i, shape)
         return found

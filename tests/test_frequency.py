@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from sklearn.datasets import load_digits
 
 from drl_data.job_specs import ProbeSpec
@@ -92,3 +93,21 @@ def test_cells_of_a_store(tmp_path: Path) -> None:
     assert found.by_frequency("map") == found.cells[1]
     assert found.by_frequency("vec") is None
     assert found.frequency_correlation is None  # two cells make no ranking
+
+    def ranked(*pairs: tuple[float, float], tap: str = "map") -> list[ProbeCell]:
+        return [
+            cell(tap, t, accuracy).model_copy(update={"high_frequency": ratio})
+            for t, (ratio, accuracy) in enumerate(pairs)
+        ]
+
+    one, two = (
+        ranked((0.1, 0.5), (0.2, 0.6), (0.3, 0.9)),
+        ranked((0.9, 0.1), (0.8, 0.2), (0.7, 0.3), tap="b"),
+    )
+    both = source.model_copy(update={"cells": (*one, *two)})
+    assert both.frequency_correlation_of_taps == pytest.approx(0)  # 1 and -1
+    assert both.frequency_correlation == pytest.approx(
+        stats.spearmanr([0.1, 0.2, 0.3, 0.9, 0.8, 0.7], [0.5, 0.6, 0.9, 0.1, 0.2, 0.3]).statistic
+    )
+    same = source.model_copy(update={"cells": tuple(ranked((0.1, 0.5), (0.2, 0.5), (0.3, 0.5)))})
+    assert same.frequency_correlation is None

@@ -6,6 +6,8 @@ import io
 import json
 import tarfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
@@ -26,16 +31,17 @@ from drl_data.errors import InputError, SpecError, StoreMismatchError, UserError
 from drl_data.import_spec import ImportSpec
 from drl_data.import_task import make_import_task
 from drl_data.imports import import_features, prepare_import
-from drl_data.index import SampleIndex
+from drl_data.index import SampleIndex, TarInfo
 from drl_data.job_specs import ClusterSpec, ProbeSpec, RetrieveSpec
 from drl_data.merge import merge
-from drl_data.npy import parse_npy
+from drl_data.npy import parse_npy, parse_npz
 from drl_data.objects import open_folder
 from drl_data.pipeline import Pipeline, StatsSpec
 from drl_data.plan import Lease
 from drl_data.report import write_report
 from drl_data.runs import extract
 from drl_data.shards import Array
+from drl_data.source_files import safetensors_header
 from drl_data.spec import ImageSpec
 from drl_data.store import FeatureStore
 from drl_data.tasks.cluster import run_cluster
@@ -340,7 +346,7 @@ def test_bad_values_are_rows_with_a_reason(tmp_path: Path) -> None:
     assert "(4,), want (3,)" in found["b"]
     assert "pickled" in found["c"]
     assert "0 bytes of values, its header says 4000000000000" in found["d"]
-    assert "magic" in found["e"]
+    assert "no .npy of version 1 to 3" in found["e"]
     assert "float64, the first sample has float32" in found["f"]
     assert "want numbers" in found["i"]
     receipt = store.receipts()[0]
@@ -368,6 +374,77 @@ def test_rows_that_lack_a_value_count_for_nothing(tmp_path: Path) -> None:
     assert reasons(store) == {"b": "g: no g.npy: the sample has f.npy"}
     assert store.receipts()[0].counts.non_finite == {}
     assert parse_npy(npy(np.ones(2, np.dtype(">f4")))).dtype.isnative
+
+
+GOOD_NPY, GOOD_NPZ = io.BytesIO(), io.BytesIO()
+np.save(GOOD_NPY, np.arange(6, dtype=np.float16).reshape(2, 3))
+np.savez_compressed(GOOD_NPZ, x=np.arange(6))
+
+
+@settings(deadline=None, max_examples=400)
+@given(
+    st.sampled_from([GOOD_NPY.getvalue(), GOOD_NPZ.getvalue()]),
+    st.integers(0, 400), st.integers(0, 255), st.integers(0, 400),
+)  # fmt: skip
+def test_damaged_bytes_are_values_or_a_reason(data: bytes, at: int, byte: int, n: int) -> None:
+    """Whatever is cut or flipped: NumPy's own reader of headers lets a TokenError out."""
+    damaged = bytearray(data[:n])
+    if at < len(damaged):
+        damaged[at] = byte
+    parse = parse_npy if data[:1] == b"\x93" else partial(parse_npz, name="x")
+    with suppress(ValueError):
+        parse(bytes(damaged))
+
+
+@given(
+    hnp.arrays(
+        st.sampled_from([np.float16, np.dtype(">f4"), np.float64, np.int8, np.dtype(">u2")]),
+        hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4),
+    ),
+    st.booleans(),
+)
+def test_npy_as_numpy_reads_it(x: npt.NDArray[np.generic], fortran: bool) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, np.asfortranarray(x) if fortran and x.ndim else x)
+    found = parse_npy(buffer.getvalue())
+    assert found.dtype == x.dtype.newbyteorder("=")
+    np.testing.assert_array_equal(found, x)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(0, 200), st.integers(0, 255), st.integers(0, 400))
+def test_damaged_shards_are_refused_by_name(at: int, byte: int, n: int) -> None:
+    tensors = {"latents": torch.zeros(2, 3, 4), "labels": torch.zeros(2, dtype=torch.int64)}
+    damaged = bytearray(safetensors.torch.save(tensors))[:n]
+    if at < len(damaged):
+        damaged[at] = byte
+    folder = open_folder("memory://damaged-shards")
+    folder.put("x.safetensors", [bytes(damaged)])
+    file = TarInfo("memory://damaged-shards/x.safetensors", "all", len(damaged), "", "none")
+    with suppress(InputError):
+        header, begin = safetensors_header(file)
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                assert begin + tensor["data_offsets"][1] <= len(damaged)
+                assert all(n >= 0 for n in tensor["shape"])
+
+
+def test_a_damaged_column_ends_its_unit(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).standard_normal((50, 64)).astype(np.float32)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), 64)
+    table = pa.table({"key": [str(i) for i in range(50)], "v": column})
+    path = tmp_path / "x.parquet"
+    pq.write_table(table, path, row_group_size=25, compression="zstd", use_dictionary=False)
+    source = {"format": "parquet", "files": str(path), "arrays": [{"name": "v"}],
+              "rows_per_unit": 25}  # fmt: skip
+    place = pq.ParquetFile(path).metadata.row_group(1).column(1)
+    data = bytearray(path.read_bytes())
+    middle = place.data_page_offset + place.total_compressed_size // 2
+    data[middle : middle + 64] = bytes(64)
+    path.write_bytes(bytes(data))
+    summary = import_features(pipeline(tmp_path / "s.zarr", source))
+    assert [unit.id for unit, _ in summary.failed] == [1]
+    assert "column 'v' cannot be read" in summary.failed[0][1]
 
 
 def test_npz_members(tmp_path: Path) -> None:

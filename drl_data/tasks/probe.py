@@ -114,12 +114,15 @@ class ProbeSource(Spec):
     def frequency_correlation(self) -> float | None:
         """Spearman's rank correlation of High-Frequency Ratio and validation accuracy over the
         cells that have one; None of fewer than three, or where one of both is the same in all."""
-        known = [c for c in self.cells if c.high_frequency is not None]
-        ratios = [c.high_frequency for c in known]
-        accuracies = [c.mean_validation for c in known]
-        if len(known) < 3 or len(set(ratios)) < 2 or len(set(accuracies)) < 2:
-            return None
-        return float(spearmanr(ratios, accuracies).statistic)
+        return _frequency_correlation(self.cells)
+
+    @property
+    def frequency_correlation_of_taps(self) -> float | None:
+        """The mean of the same within each tap, where it says which timestep to take."""
+        taps = dict.fromkeys(cell.tap for cell in self.cells)
+        each = [_frequency_correlation([c for c in self.cells if c.tap == tap]) for tap in taps]
+        known = [rho for rho in each if rho is not None]
+        return statistics.fmean(known) if known else None
 
     def by_frequency(self, tap: str) -> ProbeCell | None:
         """The cell of a tap that A-SelecT takes: that of the greatest High-Frequency Ratio."""
@@ -137,6 +140,15 @@ class ProbeSource(Spec):
     def sampling_interval(self) -> tuple[float, float]:
         """95 % interval that the size of the test split leaves open, at the mean (Wilson 1927)."""
         return wilson_interval(self.best.mean_test, self.n_test)
+
+
+def _frequency_correlation(cells: Sequence[ProbeCell]) -> float | None:
+    known = [cell for cell in cells if cell.high_frequency is not None]
+    ratios = [cell.high_frequency for cell in known]
+    accuracies = [cell.mean_validation for cell in known]
+    if len(known) < 3 or len(set(ratios)) < 2 or len(set(accuracies)) < 2:
+        return None
+    return float(spearmanr(ratios, accuracies).statistic)
 
 
 class ProbeResult(TaskResult):
@@ -223,11 +235,12 @@ def format_ranking(result: ProbeResult, n: int = 30) -> Table:
             "*" if cell.high_frequency is not None and cell == source.by_frequency(cell.tap) else ""
         )
         table.add_row(str(place), cell.tap, when, *shown, ratio + star)
-    rho = source.frequency_correlation
-    if rho is not None:
+    overall, within = source.frequency_correlation, source.frequency_correlation_of_taps
+    if overall is not None:
+        inside = "" if within is None else f", {within:+.2f} on average within a tap"
         table.caption = (
-            f"HFR: share of high frequencies, * the greatest of a tap (A-SelecT); its rank "
-            f"correlation with validation accuracy is {rho:+.2f}"
+            "HFR: share of high frequencies, * the greatest of a tap (A-SelecT); its rank "
+            f"correlation with validation accuracy is {overall:+.2f} over all cells{inside}"
         )
         table.caption_justify = "left"
     return table
