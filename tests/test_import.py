@@ -429,6 +429,17 @@ def test_damaged_shards_are_refused_by_name(at: int, byte: int, n: int) -> None:
                 assert all(n >= 0 for n in tensor["shape"])
 
 
+def test_a_shard_of_negative_sizes_is_refused() -> None:
+    """Two of them multiply to the bytes that are there."""
+    about = {"x": {"dtype": "F32", "shape": [2, -3, -4], "data_offsets": [0, 96]}}
+    header = json.dumps(about).encode()
+    data = len(header).to_bytes(8, "little") + header + bytes(96)
+    open_folder("memory://negative-shards").put("x.safetensors", [data])
+    file = TarInfo("memory://negative-shards/x.safetensors", "all", len(data), "", "none")
+    with pytest.raises(InputError, match=r"of shape \[2, -3, -4\]"):
+        safetensors_header(file)
+
+
 def test_a_damaged_column_ends_its_unit(tmp_path: Path) -> None:
     values = np.random.default_rng(0).standard_normal((50, 64)).astype(np.float32)
     column = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), 64)
