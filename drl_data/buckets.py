@@ -65,7 +65,7 @@ def split_into_buckets(
             have.
         InputError: if a tar is gone.
     """
-    spec, images = pipeline.buckets, pipeline.images
+    spec, images = pipeline.buckets, pipeline.image_spec
     if spec is None or pipeline.store is None:
         raise SpecError(f"pipeline {pipeline.name!r} lacks buckets or store")
     long_side = images.size[0]

@@ -38,7 +38,9 @@ from drl_data.pipeline import Pipeline, RunSpec, StoreSpec
 from drl_data.stopping import Stop
 
 if TYPE_CHECKING:
-    pass
+    from collections.abc import Sequence
+
+    from drl_data.runs import RunSummary
 
 S = TypeVar("S")
 
@@ -305,28 +307,67 @@ def extract(
         progress=console_progress(),
         stop=stop,
     )
-    incomplete = [summary for summary in summaries if not print_summary(summary)]
-    n_left = sum(summary.n_left for summary in summaries)
-    if n_left:
-        err.print(f"interrupted, {n_left} units left; run the same command again to resume")
-        _exit_now(3)
-    raise typer.Exit(1 if incomplete else 0)
+    _end_of_run(summaries)
+
+
+@app.command("import")
+def import_(
+    file: PipelineFile,
+    tars: OverrideTars = None,
+    store: OverrideStore = None,
+    executor: Executor = None,
+    workers: Annotated[int | None, typer.Option(help="Child processes or Ray actors.")] = None,
+    address: Annotated[str | None, typer.Option(help="Address of a Ray cluster.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N samples.")] = None,
+    units: Annotated[str | None, typer.Option(help="Part I/N of the units, I from 0.")] = None,
+    shuffle: Annotated[int | None, typer.Option(help="Order of the units, by this seed.")] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Read the store first; make what is damaged again.")
+    ] = False,
+) -> None:
+    """Features that are there already (`source:`) become a store; run it again to resume."""
+    from drl_data.imports import import_features
+    from drl_data.progress import console_progress
+
+    pipeline = _with_run(_load(file, tars, store), executor, workers, None, address)
+    stop = Stop()
+    _SIGNALS.ask(stop, pipeline.run.grace_s)
+    summary = import_features(
+        pipeline,
+        limit=limit,
+        part=_parse_part(units),
+        shuffle_seed=shuffle,
+        repair=repair,
+        progress=console_progress(),
+        stop=stop,
+    )
+    _end_of_run([summary])
 
 
 def _with_run(
     pipeline: Pipeline,
-    executor: str | None,
+    executor: Literal["local", "process", "ray"] | None,
     workers: int | None,
     gpus: float | None,
     address: str | None,
 ) -> Pipeline:
-    """The pipeline with what the command line says about where it runs."""
+    """The pipeline with what the command line says of where it runs."""
     given = {
         "executor": executor, "workers": workers, "gpus_per_worker": gpus, "address": address
     }  # fmt: skip
     changes = {key: value for key, value in given.items() if value is not None}
     run = type(pipeline.run).model_validate({**pipeline.run.model_dump(), **changes})
     return pipeline.model_copy(update={"run": run})
+
+
+def _end_of_run(summaries: Sequence[RunSummary]) -> NoReturn:
+    """Say what came of a run, and exit as it deserves."""
+    incomplete = [summary for summary in summaries if not print_summary(summary)]
+    n_left = sum(summary.n_left for summary in summaries)
+    if n_left:
+        err.print(f"interrupted, {n_left} units left; run the same command again to resume")
+        _exit_now(3)
+    raise typer.Exit(1 if incomplete else 0)
 
 
 def _exit_now(status: int) -> NoReturn:
@@ -470,7 +511,9 @@ def pretrain(file: PipelineFile, device: Device = None, tars: OverrideTars = Non
     pipeline = _load(file, tars, None)
     spec = _section(pipeline.pretrain, "pretrain", file)
     found = build_index(pipeline.dataset)
-    folder = run_pretrain(spec, found, pipeline.images, device=device, progress=console_progress())
+    folder = run_pretrain(
+        spec, found, pipeline.image_spec, device=device, progress=console_progress()
+    )
     out.print(f"weights: {folder}", soft_wrap=True)
 
 
@@ -674,6 +717,9 @@ def export_(
         Literal["key", "row"], typer.Option(help="What .npy files are called by.")
     ] = "key",
     rows_per_file: Annotated[int | None, typer.Option(min=1, help="Default: 10000.")] = None,
+    images: Annotated[
+        bool, typer.Option("--images", help="npy: also the images, as REPA's reader wants them.")
+    ] = False,
 ) -> None:
     """Features as .npy trees, safetensors shards, Parquet, WebDataset or HDF5; resumable."""
     from drl_data.progress import console_progress
@@ -690,6 +736,7 @@ def export_(
         view=view,
         names=names,
         rows_per_file=rows_per_file,
+        images=images,
         progress=console_progress(),
     )
     out.print(

@@ -40,7 +40,7 @@ def load_computer(
         TapError: if the model has other modules than when the taps were resolved.
         DeviceMemoryError: if the device has too little memory for the model.
     """
-    spec = described.spec
+    spec = described.computed
     model = find_model(backbone)
     found = {"weights": model.digest(), **condition_files(condition)}
     wanted = {"weights": spec.weights, **spec.condition_files}
@@ -111,7 +111,7 @@ def use_exact_float32() -> None:
 
 def _frozen_taps(backbone: Backbone, described: Described, place: str) -> tuple[ResolvedTap, ...]:
     """The taps resolved against this model, refused if they are not those that were frozen."""
-    taps = backbone.resolve(described.spec.taps)
+    taps = backbone.resolve(described.computed.taps)
     now = [(tap.name, tap.address) for tap in taps]
     frozen = [(array.name, array.tap) for array in described.arrays if array.quantises is None]
     if now != frozen:

@@ -149,7 +149,7 @@ def view_of(store: FeatureStore, view: str | None) -> Literal["id", "hflip"]:
     Raises:
         SpecError: it is a crop.
     """
-    name = (store.spec.images.view_names or ("id",))[store.view_index(view)]
+    name = (store.image_spec.view_names or ("id",))[store.view_index(view)]
     if name not in ("id", "hflip"):
         raise SpecError(f"correspond.view: {name!r}; want id or hflip, as keypoints are placed")
     return "hflip" if name == "hflip" else "id"
@@ -167,7 +167,7 @@ def image_side(
         places = [
             pixel_map(
                 size,
-                cell.store.spec.images,
+                cell.store.image_spec,
                 cell.grid,
                 view=view_of(cell.store, None if cell.prefix else view),
             )

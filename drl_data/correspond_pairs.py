@@ -149,7 +149,7 @@ class _PairWork:
         reader: MapReader,
         spec: CorrespondSpec,
     ) -> _PairWork:
-        images, view = store.spec.images, view_of(store, spec.view)
+        images, view = store.image_spec, view_of(store, spec.view)
         source, target = (
             image_side(sizes[row], columns.cells, reader.maps(row), spec.view) for row in rows
         )

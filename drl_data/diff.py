@@ -16,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from drl_data.compare import Comparison, compare_rows, tolerance
+from drl_data.import_spec import IMPORTED, ImportSpec
 from drl_data.plan import Unit
 from drl_data.receipts import Receipt
 from drl_data.shard_reader import in_threads
-from drl_data.spec import ArraySpec
+from drl_data.spec import ArraySpec, ResolvedTime
 from drl_data.spec_base import DType
 from drl_data.store import FeatureStore
 
@@ -93,7 +94,7 @@ def diff_stores(a: FeatureStore, b: FeatureStore) -> StoreDiff:
     keys = a.index.table["key"].take(rows_a[differing]).to_pylist()
     requested = [[time.requested for time in store.times] for store in (a, b)]
     both_times = [t for t in requested[0] if t in requested[1]]
-    names = [store.spec.images.view_names or ("id",) for store in (a, b)]
+    names = [store.spec.view_names or ("id",) for store in (a, b)]
     specs = [{array.name: array for array in store.features} for store in (a, b)]
     same = [x for name, x in specs[0].items() if _same_array(a, b, x, specs[1].get(name))]
     kept = {array.name for array in same}
@@ -112,7 +113,7 @@ def diff_stores(a: FeatureStore, b: FeatureStore) -> StoreDiff:
         noise_levels=tuple(
             t
             for t in both_times
-            if a.times[requested[0].index(t)] != b.times[requested[1].index(t)]
+            if _other_level(a.times[requested[0].index(t)], b.times[requested[1].index(t)])
         ),
         views=_sides(
             *([v for v in mine if v not in other] for mine, other in (names, names[::-1]))
@@ -134,10 +135,23 @@ def _sides(mine: Sequence[T], theirs: Sequence[T]) -> tuple[tuple[T, ...], tuple
     return tuple(mine), tuple(theirs)
 
 
+def _other_level(mine: ResolvedTime, theirs: ResolvedTime) -> bool:
+    """Whether one timestep is two levels of noise, as far as they are known."""
+    return mine != theirs and IMPORTED not in (mine.convention, theirs.convention)
+
+
+def _unsourced(array: ArraySpec) -> ArraySpec:
+    timesteps = "each" if array.timesteps == "each" else "none"
+    return array.model_copy(update={"tap": "", "timesteps": timesteps})
+
+
 def _same_array(
     a: FeatureStore, b: FeatureStore, mine: ArraySpec, theirs: ArraySpec | None
 ) -> bool:
-    """Whether both stores have the array; means over other timesteps are other arrays."""
+    """Whether both stores have the array; means over other timesteps are other arrays. Of imported
+    features nobody knows the tap, nor what one entry for all timesteps is of."""
+    if isinstance(a.spec, ImportSpec) or isinstance(b.spec, ImportSpec):
+        return theirs is not None and _unsourced(mine) == _unsourced(theirs)
     if mine != theirs:
         return False
     return mine.timesteps != "mean" or a.times == b.times

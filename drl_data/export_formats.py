@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -24,17 +23,18 @@ import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 import webdataset
+from PIL import Image
 from torch import Tensor
 
 from drl_data.errors import SpecError
+from drl_data.key_names import file_name, member_name
 from drl_data.selection import NO_LABEL, Rows
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-MAX_NAME = 180
-"""Characters of a key that become a file's name; file systems allow 255 bytes."""
 PER_FOLDER = 1000
+IMAGES = "images"
 
 NATIVE = (torch.float32, torch.float16, torch.uint8, torch.int8)
 """What NumPy, Parquet and HDF5 have."""
@@ -51,6 +51,8 @@ class Part:
     cells: Mapping[tuple[str, str], Tensor]
     flipped: Mapping[tuple[str, str], Tensor]
     """The same of the mirrored images, if the store has that view and the format wants it."""
+    pixels: Tensor | None = None
+    """[b, c, h, w] uint8, if the format wants them."""
 
 
 @contextmanager
@@ -63,26 +65,6 @@ def whole(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def file_name(key: str) -> str:
-    """A key as one name in a folder, whatever is in it: `a/b` is `a%2Fb`; never a path, never
-    hidden, and short."""
-    name = quote(key, safe=" +,=@()[]")
-    if name.startswith("."):
-        name = "%2E" + name[1:]
-    if len(name) <= MAX_NAME:
-        return name
-    return f"{name[:MAX_NAME]}-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
-
-
-def member_name(key: str) -> str:
-    """A key inside a tar. Folders stay, so that tars of images join; what would lead elsewhere, and
-    dots, which would cut the key there, are escaped."""
-    parts = key.split("/")
-    if any(part in ("", ".", "..") for part in parts) or "\\" in key:
-        return file_name(key).replace(".", "%2E")
-    return "/".join(file_name(part).replace(".", "%2E") for part in parts)
 
 
 def as_numpy(x: Tensor) -> np.ndarray:
@@ -105,6 +87,23 @@ def write_npy(out: Path, part: Part, names: str) -> None:
             if not path.exists():
                 with whole(path) as temporary, open(temporary, "wb") as file:
                     np.save(file, values[i], allow_pickle=False)
+
+
+def write_images(out: Path, part: Part, names: str) -> None:
+    """One PNG for each sample in the folder `images`, beside and in the order of its features."""
+    assert part.pixels is not None
+    for pixels, row, key in zip(part.pixels.numpy(), part.rows.tolist(), part.keys, strict=True):
+        path = image_path(out / IMAGES, row, key, names)
+        if not path.exists():
+            picture = pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
+            with whole(path) as temporary:
+                Image.fromarray(np.ascontiguousarray(picture)).save(temporary, "PNG")
+
+
+def image_path(folder: Path, row: int, key: str, names: str) -> Path:
+    """Of one sample's image; sorted by name it is where its features are (REPA pairs them so)."""
+    name = f"img{row:08d}" if names == "row" else file_name(key)
+    return folder / f"{row // PER_FOLDER:05d}" / f"{name}.png"
 
 
 def write_safetensors(path: Path, part: Part, cell: tuple[str, str], fingerprint: str) -> None:

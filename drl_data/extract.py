@@ -67,7 +67,7 @@ class ExtractTask:
         self._conditions = conditions
         self.fits = dict(fits or {})
         """Array -> CRC-32C of the fitted reduction that it is reduced by."""
-        self._spec = store.spec
+        self._spec = store.computed_spec
         self._index = store.index
         self._run = run
         self._device = computers[0].backbone.device
@@ -289,7 +289,7 @@ def make_task(
     if tars is not None:
         store.locate_tars(tars)
     computer, conditions = load_computer(
-        store.described,
+        store.described._replace(spec=store.computed_spec),
         store.index,
         backbone,
         condition,

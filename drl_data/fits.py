@@ -180,7 +180,7 @@ def _finite_rows(x: Tensor, policy: Literal["error", "clip", "invalid"]) -> Tens
 
 def _spread_batches(store: FeatureStore, n_samples: int, run: RunSpec) -> Iterator[ImageBatch]:
     """Whole batches of consecutive rows, evenly spread, that have `n_samples` rows together."""
-    spec = store.spec
+    spec = store.computed_spec
     n_batches = -(-min(n_samples, spec.n_samples) // spec.batch_size)
     last = max(spec.n_samples - spec.batch_size, 0)
     for i in range(n_batches):

@@ -34,7 +34,9 @@ def features_of_images(
     _pack(images, tar)
     own = pipeline.model_copy(
         update={
-            "dataset": pipeline.dataset.model_copy(update={"tars": {"query": (str(tar),)}}),
+            "dataset": pipeline.dataset.model_copy(
+                update={"tars": {"query": (str(tar),)}, "labels": None}
+            ),
             "store": StoreSpec(url=str(folder / "features.zarr")),
             "features": pipeline.features.model_copy(update={"rows_per_unit": "auto"}),
             "run": pipeline.run.model_copy(update={"executor": "local"}),

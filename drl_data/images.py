@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -25,13 +25,10 @@ from drl_data.errors import ImageError, InputError, ObjectNotFoundError, is_reda
 from drl_data.index import SampleIndex, TarInfo
 from drl_data.objects import Buffer, Folder, RetryCount, counted, open_parent
 from drl_data.plan import InvalidRow, Unit
+from drl_data.spans import MAX_SPAN_BYTES, Span, SpanPlace, cut_spans
 from drl_data.spec import ImageSpec
 from drl_data.tar import GzipSource
 
-MAX_SPAN_BYTES = 64 << 20
-"""Largest range that is fetched at once, unless one image is larger."""
-MAX_GAP_BYTES = 1 << 20
-"""Bytes between two images that are fetched with them; a request costs about as much."""
 _N_READERS = 4
 
 
@@ -115,36 +112,11 @@ def read_batches(
         reader.close()
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where the image of a row lies in its tar."""
-
-    row: int
-    offset: int
-    size: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Span:
-    """Neighbouring images of one tar, fetched at once."""
-
-    tar: int
-    places: list[_Place]
-
-    @property
-    def start(self) -> int:
-        return self.places[0].offset
-
-    @property
-    def stop(self) -> int:
-        return self.places[-1].offset + self.places[-1].size
-
-
 @dataclass(slots=True)
 class _InFlight:
     """A span that was asked for: bytes as fetched, until they are decoded, and as pixels."""
 
-    span: _Span
+    span: Span
     n_compressed: int
     n_pixels: int
 
@@ -192,13 +164,13 @@ class _UnitReader:
         }
         self._skip = {**too_large, **skip}
         places = [
-            (tar, _Place(unit.start + i, offset, size))
+            (tar, SpanPlace(unit.start + i, offset, size))
             for i, (tar, offset, size) in enumerate(
                 zip(tars, rows.column("offset").to_pylist(), sizes, strict=True)
             )
             if chosen[i] and self._reasons[i] is None and unit.start + i not in self._skip
         ]
-        cuts = _cut_spans(places, min(MAX_SPAN_BYTES, prefetch_bytes // 4), self._skip)
+        cuts = cut_spans(places, min(MAX_SPAN_BYTES, prefetch_bytes // 4), self._skip)
         self._spans = deque(cuts)
         read_from = sorted({tar for tar, is_read in zip(tars, chosen, strict=True) if is_read})
         self._tars = {tar: _OpenTar(index.tars[tar], retries) for tar in read_from}
@@ -294,28 +266,6 @@ class _UnitReader:
         return self._pixels[start]
 
 
-def _cut_spans(
-    places: list[tuple[int, _Place]], max_bytes: int, apart: Collection[int] = ()
-) -> Iterator[_Span]:
-    """Runs of images in one tar with small gaps, each within `max_bytes` or a single image; none
-    reaches over the rows `apart`."""
-    span: _Span | None = None
-    for tar, place in places:
-        if (
-            span is None
-            or span.tar != tar
-            or place.offset - span.stop > MAX_GAP_BYTES
-            or place.offset + place.size - span.start > max_bytes
-            or any(span.places[-1].row < row < place.row for row in apart)
-        ):
-            if span is not None:
-                yield span
-            span = _Span(tar, [])
-        span.places.append(place)
-    if span is not None:
-        yield span
-
-
 @dataclass(frozen=True, slots=True)
 class _Read:
     """The bytes of each image of a span, and the seconds that fetching one byte took."""
@@ -380,14 +330,14 @@ class _OpenTar:
                 f"{now.etag}; was {self._info.size} bytes, tag {self._info.etag}; index again"
             )
 
-    def submit(self, readers: ThreadPoolExecutor, span: _Span) -> Future[_Read]:
+    def submit(self, readers: ThreadPoolExecutor, span: Span) -> Future[_Read]:
         """Fetch a span in one of the threads; spans come in order."""
         if self._gzip is None:
             return readers.submit(self._read_plain, span)
         self._last = readers.submit(self._read_gzip, self._gzip, span, self._last)
         return self._last
 
-    def _read_plain(self, span: _Span) -> _Read:
+    def _read_plain(self, span: Span) -> _Read:
         start = time.perf_counter()
         data = self._folder.get_range(self._name, span.start, span.stop)
         seconds = time.perf_counter() - start
@@ -395,7 +345,7 @@ class _OpenTar:
         images: list[Buffer] = [data[p.offset - at : p.offset - at + p.size] for p in span.places]
         return _Read(images, seconds / max(sum(p.size for p in span.places), 1))
 
-    def _read_gzip(self, source: GzipSource, span: _Span, before: Future[_Read] | None) -> _Read:
+    def _read_gzip(self, source: GzipSource, span: Span, before: Future[_Read] | None) -> _Read:
         if before is not None:
             before.result()
         start = time.perf_counter()

@@ -10,11 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from typing import Any, Literal
 
@@ -25,22 +24,26 @@ import pyarrow.parquet as pq
 from pydantic import JsonValue
 
 from drl_data.errors import InputError, ObjectNotFoundError, is_redacted, redacted, visible
+from drl_data.label_table import LabelTable, digest_of_table, read_label_table
 from drl_data.objects import Buffer, Folder, open_parent, split_url
 from drl_data.progress import SILENT, Progress
 from drl_data.spec import DatasetSpec
 from drl_data.spec_base import StrTuple, canonical_json
-from drl_data.tar import GzipSource, Member, RangedSource, open_source, walk_files
+from drl_data.tar import GzipSource, Member, open_source
+from drl_data.tar_samples import (
+    Sample,
+    caption_text,
+    field_of,
+    label_text,
+    read_samples,
+    resolve_labels,
+)
 from drl_data.urls import expand_urls as expand_urls
 from drl_data.urls import missing
 
 log = logging.getLogger(__name__)
 
 INDEX_FORMAT = 1
-
-MAX_MEMBER_BYTES = 16 << 20
-"""Larger members are not read for a label or a caption (SA-1B's JSON has a few MB)."""
-MAX_TEXT_BYTES = 64 << 10
-"""A longer label or caption is none: no text encoder takes a hundredth of it."""
 
 _FIELDS: list[pa.Field[Any]] = [
     pa.field("key", pa.string(), nullable=False),
@@ -64,11 +67,6 @@ _SCAN_FIELDS: list[pa.Field[Any]] = [
 _SCAN_SCHEMA = pa.schema(_SCAN_FIELDS)
 _IDENTITY = ("key", "member", "size", "label", "caption", "reason", "checksum", "mtime")
 _NO_MEMBER = Member("", 0, 0, 0.0, 0, False)
-_INT64 = range(-(2**63), 2**63)
-
-# The webdataset library's own rules, so that both see the same samples.
-_KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
-_META = re.compile(r"__[^/]*__($|/)")
 
 
 @dataclass(frozen=True)
@@ -103,6 +101,8 @@ class SampleIndex:
     tars: tuple[TarInfo, ...]
     label_names: tuple[str, ...] | None
     dataset: DatasetSpec
+    labels_digest: str | None = None
+    """SHA-256 of the file of `dataset.labels`. What it says of the samples is in the table."""
 
     @property
     def n_samples(self) -> int:
@@ -145,7 +145,7 @@ class SampleIndex:
         """
         if not any(is_redacted(tar.url) for tar in self.tars):
             return self
-        return self.with_urls([url for _, url in _list_tars(dataset)])
+        return self.with_urls([url for _, url in list_tars(dataset)])
 
     def with_tars(self, tars: Sequence[TarInfo]) -> SampleIndex:
         """The same rows in the same tars, which lie elsewhere or were written again.
@@ -175,7 +175,7 @@ class SampleIndex:
         """
         total = hashlib.sha256(canonical_json([INDEX_FORMAT, self._label_json()]))
         for name in _SCHEMA.names:
-            total.update(name.encode() + _column_digest(self.table.column(name)))
+            total.update(name.encode() + column_digest(self.table.column(name)))
         return total.hexdigest()
 
     def digest_rows(self, start: int, stop: int) -> str:
@@ -183,7 +183,7 @@ class SampleIndex:
         captions; not where they lie, nor in which split. Equal for equal samples in equal order."""
         total, rows = hashlib.sha256(), self.slice(start, stop)
         for name in _IDENTITY:
-            total.update(name.encode() + _column_digest(rows.column(name)))
+            total.update(name.encode() + column_digest(rows.column(name)))
         return total.hexdigest()
 
     def to_parquet(self) -> memoryview:
@@ -191,12 +191,16 @@ class SampleIndex:
 
         URLs are written without their secrets: `with_urls` and `located` give them back.
         """
-        about: JsonValue = {
+        about: dict[str, JsonValue] = {
             "format": INDEX_FORMAT,
             "tars": [asdict(tar) for tar in self.public_tars()],
             "label_names": self._label_json(),
-            "dataset": _without_secrets(self.dataset).model_dump(mode="json"),
+            "dataset": _without_secrets(self.dataset).model_dump(
+                mode="json", exclude=None if self.dataset.labels else {"labels"}
+            ),
         }
+        if self.labels_digest is not None:
+            about["labels_digest"] = self.labels_digest
         buffer = pa.BufferOutputStream()
         table = self.table.replace_schema_metadata({b"drl_data": canonical_json(about)})
         pq.write_table(table, buffer, compression="zstd")
@@ -247,6 +251,7 @@ class SampleIndex:
                 tuple(TarInfo(**tar) for tar in about["tars"]),
                 None if names is None else tuple(names),
                 DatasetSpec.model_validate(about["dataset"]),
+                about.get("labels_digest"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{place}: damaged index ({error!r}); index the tars again") from error
@@ -264,7 +269,8 @@ def build_index(
         InputError: if a tar is missing, truncated, corrupt or listed twice, a pattern matches
             nothing, or there is no sample at all.
     """
-    tars = _list_tars(dataset)
+    tars = list_tars(dataset)
+    labels = None if dataset.labels is None else read_label_table(dataset.labels)
     folders = {split_url(url)[0]: open_parent(url)[0] for _, url in tars}
 
     def scan(tar: tuple[str, str]) -> tuple[TarInfo, pa.Table]:
@@ -287,10 +293,43 @@ def build_index(
             f"no samples in {len(tars)} tars ({names}{', ...' if len(tars) > 3 else ''}); want "
             f"members named KEY.EXTENSION with an extension of {list(dataset.image)}"
         )
+    if labels is not None:
+        tables = _labelled(tables, labels, n_samples)
     table, label_names = _joined(infos, tables)
-    index = SampleIndex(table, tuple(infos), label_names, dataset)
+    index = SampleIndex(
+        table, tuple(infos), label_names, dataset, None if labels is None else labels.digest
+    )
     _warn_of_repeated_keys(index)
     return index
+
+
+def _labelled(tables: Sequence[pa.Table], labels: LabelTable, n_samples: int) -> list[pa.Table]:
+    """Samples with the labels of a table.
+
+    Raises:
+        InputError: it has none of them.
+    """
+    done = [labels.onto(table) for table in tables]
+    n_found = sum(n for _, n in done)
+    if not n_found:
+        ours = next(table.column("key")[0].as_py() for table in tables if table.num_rows)
+        raise InputError(
+            f"{labels.spec.file}: has none of the {n_samples} samples; their keys are like "
+            f"{visible(ours)!r}, those of its column {labels.spec.key!r} like "
+            f"{visible(str(labels.keys[0])) if len(labels.keys) else 'none'!r}"
+        )
+    if n_found < n_samples:
+        log.warning(
+            "%s: no line for %d of %d samples, which are without its labels",
+            redacted(labels.spec.file), n_samples - n_found, n_samples,
+        )  # fmt: skip
+    return [table for table, _ in done]
+
+
+def _rules(dataset: DatasetSpec) -> dict[str, JsonValue]:
+    """How samples are read, wherever they lie."""
+    rules = {"image", "label", "caption", "labels"}
+    return _without_secrets(dataset).model_dump(mode="json", include=rules)
 
 
 def _warn_of_repeated_keys(index: SampleIndex) -> None:
@@ -315,10 +354,11 @@ def if_current(
     Raises:
         InputError: if a pattern matches nothing or a tar is missing.
     """
-    rules = {"image", "label", "caption"}
-    if index.dataset.model_dump(include=rules) != dataset.model_dump(include=rules):
+    if _rules(index.dataset) != _rules(dataset):
         return None
-    tars = _list_tars(dataset)
+    if dataset.labels is not None and index.labels_digest != digest_of_table(dataset.labels):
+        return None
+    tars = list_tars(dataset)
     if [(t.split, t.public_url) for t in index.tars] != [(s, redacted(url)) for s, url in tars]:
         return None
 
@@ -344,13 +384,14 @@ def joined_index(indices: Sequence[SampleIndex]) -> SampleIndex:
         InputError: tars that were read by other rules, or one that is in several indices.
     """
     first = indices[0].dataset
-    rules = {"image", "label", "caption"}
     for index in indices[1:]:
-        if index.dataset.model_dump(include=rules) != first.model_dump(include=rules):
+        if _rules(index.dataset) != _rules(first):
             raise InputError(
-                f"tars were indexed by other rules: {index.dataset.model_dump(include=rules)} and "
-                f"{first.model_dump(include=rules)}; index them alike"
+                f"tars were indexed by other rules: {_rules(index.dataset)} and {_rules(first)}; "
+                "index them alike"
             )
+        if index.labels_digest != indices[0].labels_digest:
+            raise InputError("tars were indexed with other tables of labels; index them alike")
     urls = Counter(tar.url for index in indices for tar in index.tars)
     twice = [url for url, n in urls.items() if n > 1]
     if twice:
@@ -371,7 +412,7 @@ def joined_index(indices: Sequence[SampleIndex]) -> SampleIndex:
                     tables.append(_with_label_texts(index, index.table.filter(is_here)))
     table, label_names = _joined(infos, tables)
     dataset = first.model_copy(update={"tars": splits})
-    return SampleIndex(table, tuple(infos), label_names, dataset)
+    return SampleIndex(table, tuple(infos), label_names, dataset, indices[0].labels_digest)
 
 
 def _with_label_texts(index: SampleIndex, table: pa.Table) -> pa.Table:
@@ -390,41 +431,43 @@ def _with_label_texts(index: SampleIndex, table: pa.Table) -> pa.Table:
 
 def _without_secrets(dataset: DatasetSpec) -> DatasetSpec:
     tars = {split: tuple(map(redacted, urls)) for split, urls in dataset.tars.items()}
-    return dataset.model_copy(update={"tars": tars})
+    labels = dataset.labels
+    if labels is not None:
+        labels = labels.model_copy(update={"file": redacted(labels.file)})
+    return dataset.model_copy(update={"tars": tars, "labels": labels})
 
 
-def _list_tars(dataset: DatasetSpec) -> list[tuple[str, str]]:
+def list_tars(dataset: DatasetSpec) -> list[tuple[str, str]]:
     """(split, url) of every tar, in row order."""
-    tars = [
+    return list_files(dataset.tars, "dataset.tars")
+
+
+def list_files(files: Mapping[str, Sequence[str]], place: str) -> list[tuple[str, str]]:
+    """(split, url) of what the patterns of some splits stand for, in order.
+
+    Raises:
+        InputError: there is none, or one is there twice; `place` names where the patterns are.
+    """
+    found = [
         (split, url)
-        for split, patterns in dataset.tars.items()
+        for split, patterns in files.items()
         for pattern in patterns
         for url in expand_urls(pattern)
     ]
-    if not tars:
-        raise InputError("dataset.tars names no tars; want at least one path or URL")
+    if not found:
+        raise InputError(f"{place} names no files; want at least one path or URL")
     seen: dict[str, str] = {}
-    for split, url in tars:
+    for split, url in found:
         if url in seen:
             raise InputError(
                 f"{url}: listed twice, in split {seen[url]!r} and in split {split!r}; its samples "
                 "would count twice: list it once"
             )
         seen[url] = split
-    return tars
+    return found
 
 
 # --- one tar ------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class _Sample:
-    """Consecutive members with one key."""
-
-    key: str
-    members: dict[str, Member] = field(default_factory=dict)
-    texts: dict[str, bytes] = field(default_factory=dict)
-    repeated: str | None = None
 
 
 def _scan(split: str, url: str, folder: Folder, dataset: DatasetSpec) -> tuple[TarInfo, pa.Table]:
@@ -433,7 +476,8 @@ def _scan(split: str, url: str, folder: Folder, dataset: DatasetSpec) -> tuple[T
     try:
         object_info = folder.head(name)
         source = open_source(folder, name, object_info.size)
-        rows = [_row(split, sample, dataset) for sample in _samples(source, dataset)]
+        places = (dataset.label, dataset.caption)
+        rows = [_row(split, sample, dataset) for sample in read_samples(source, places)]
     except ObjectNotFoundError as error:
         raise missing(url, folder, name) from error
     compression: Literal["none", "gzip"] = "gzip" if isinstance(source, GzipSource) else "none"
@@ -442,40 +486,7 @@ def _scan(split: str, url: str, folder: Folder, dataset: DatasetSpec) -> tuple[T
     return info, pa.table(columns, schema=_SCAN_SCHEMA)
 
 
-def _samples(source: RangedSource | GzipSource, dataset: DatasetSpec) -> Iterator[_Sample]:
-    wanted = {
-        place.partition(":")[0].lower() for place in (dataset.label, dataset.caption) if place
-    }
-    sample: _Sample | None = None
-    for member in walk_files(source):
-        match = _KEY_AND_EXTENSION.match(member.name)
-        if match is None or _META.match(member.name):
-            continue
-        key, extension = match[1], match[2].lower()
-        if sample is None or sample.key != key:
-            if sample is not None:
-                yield sample
-            sample = _Sample(key)
-        if extension in sample.members:
-            sample.repeated = extension
-            continue
-        sample.members[extension] = member
-        if extension in wanted and not member.sparse and _readable(member, source):
-            sample.texts[extension] = source.read(member.offset, member.size)
-    if sample is not None:
-        yield sample
-
-
-def _readable(member: Member, source: RangedSource | GzipSource) -> bool:
-    if member.size > MAX_MEMBER_BYTES:
-        log.warning(
-            "%s: %s has %d bytes, want at most %d; its sample is without label or caption",
-            redacted(source.name), visible(member.name), member.size, MAX_MEMBER_BYTES,
-        )  # fmt: skip
-    return member.size <= MAX_MEMBER_BYTES
-
-
-def _row(split: str, sample: _Sample, dataset: DatasetSpec) -> dict[str, str | int | float | None]:
+def _row(split: str, sample: Sample, dataset: DatasetSpec) -> dict[str, str | int | float | None]:
     extension = next((e.lower() for e in dataset.image if e.lower() in sample.members), None)
     member = sample.members[extension] if extension else _NO_MEMBER
     reason = None
@@ -493,61 +504,15 @@ def _row(split: str, sample: _Sample, dataset: DatasetSpec) -> dict[str, str | i
         "member": member.name,
         "offset": member.offset,
         "size": member.size,
-        "label": _label_text(_field(sample.texts, dataset.label)),
-        "caption": _caption_text(_field(sample.texts, dataset.caption)),
+        "label": label_text(field_of(sample.texts, dataset.label)),
+        "caption": caption_text(field_of(sample.texts, dataset.caption)),
         "reason": reason,
         "checksum": member.checksum,
         "mtime": member.mtime,
     }
 
 
-def _field(texts: dict[str, bytes], place: str | None) -> JsonValue:
-    """The text of a member (`EXT`) or a field of a JSON one (`EXT:FIELD`); None if unreadable."""
-    extension, _, name = (place or "").partition(":")
-    data = texts.get(extension.lower())
-    if data is None:
-        return None
-    try:
-        text = data.decode("utf-8")
-        if not name:
-            return text.strip()
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value.get(name) if isinstance(value, dict) else None
-
-
-def _label_text(value: JsonValue) -> str | None:
-    if isinstance(value, float):
-        return str(int(value)) if value.is_integer() else None
-    if isinstance(value, bool):
-        return str(value).lower()
-    return _kept(str(value)) if isinstance(value, str | int) and value != "" else None
-
-
-def _caption_text(value: JsonValue) -> str | None:
-    return _kept(value) if isinstance(value, str) else None
-
-
-def _kept(text: str) -> str | None:
-    """The text as the table can hold it; None if it is too long to be a label or a caption."""
-    data = text.encode("utf-8", "backslashreplace")  # JSON may hold lone surrogates
-    return data.decode("utf-8") if len(data) <= MAX_TEXT_BYTES else None
-
-
 # --- the table ----------------------------------------------------------------------------------
-
-
-def _resolve_labels(
-    texts: Sequence[str | None],
-) -> tuple[list[int | None], tuple[str, ...] | None]:
-    """Integers if all labels are; otherwise positions in the sorted distinct strings."""
-    present = {text for text in texts if text is not None}
-    if all(re.fullmatch(r"[+-]?[0-9]{1,19}", t) and int(t) in _INT64 for t in present):
-        return [None if t is None else int(t) for t in texts], None
-    names = tuple(sorted(present))
-    position = {name: i for i, name in enumerate(names)}
-    return [None if t is None else position[t] for t in texts], names
 
 
 def _joined(
@@ -555,7 +520,7 @@ def _joined(
 ) -> tuple[pa.Table, tuple[str, ...] | None]:
     """The rows of all tars as one table of `_SCHEMA`, with integer labels."""
     table = pa.concat_tables(tables)
-    labels, label_names = _resolve_labels(table.column("label").to_pylist())
+    labels, label_names = resolve_labels(table.column("label").to_pylist())
     positions = np.repeat(np.arange(len(infos), dtype=np.int32), [t.num_rows for t in tables])
     columns: dict[str, pa.Array[Any]] = {
         "label": pa.array(labels, pa.int64()),
@@ -567,7 +532,13 @@ def _joined(
     return pa.Table.from_arrays(arrays, schema=_SCHEMA).combine_chunks(), label_names
 
 
-def _column_digest(column: pa.ChunkedArray[Any]) -> bytes:
+def index_table(columns: Mapping[str, Sequence[object]]) -> pa.Table:
+    """A table as `SampleIndex` has it, of all its columns."""
+    arrays = [pa.array(columns[column.name], column.type) for column in _FIELDS]
+    return pa.Table.from_arrays(arrays, schema=_SCHEMA)
+
+
+def column_digest(column: pa.ChunkedArray[Any]) -> bytes:
     """SHA-256 of a column's values, however it is cut into chunks; null is not an empty value."""
     lengths, values = hashlib.sha256(), hashlib.sha256()
     for chunk in column.chunks:

@@ -83,7 +83,7 @@ class LabelMaps:
             where = f"row {row} (key {visible(keys[row].as_py())}), {self.extension}"
             labels = decode_labels(data, self.extension, where)
             try:
-                fitted = fit_labels(labels, self.store.spec.images, self.fill)
+                fitted = fit_labels(labels, self.store.image_spec, self.fill)
             except ImageError as error:
                 raise InputError(f"{where}: {error.reason}") from error
             yield row, fitted[:, ::-1] if self.view == "hflip" else fitted

@@ -106,7 +106,7 @@ class PooledFeatures:
         self.train_split, self.test_split = spec.train, spec.test
         self.shapes = {a.name: (len(store.times), n_pooled(a, spec.pool)) for a in store.features}
         if pixels:
-            images = store.spec.images
+            images = store.image_spec
             sides = [min(side, MAX_PIXEL_SIDE) for side in images.size]
             self.shapes[PIXELS_KEY] = (1, images.n_channels * math.prod(sides))
         n_rows = len(split.train) + len(split.validation) + len(split.test)
@@ -147,7 +147,7 @@ class PooledFeatures:
             batch_size=READ_BATCH if epoch is None else self._spec.batch_size,
             shuffle=epoch is not None,
             labelled=True,
-            images=(self._store.index, self._store.spec.images) if self._pixels else None,
+            images=(self._store.index, self._store.image_spec) if self._pixels else None,
         )
         if epoch is not None:
             stream.set_epoch(epoch)

@@ -125,7 +125,7 @@ def joined(stores: Sequence[FeatureStore]) -> tuple[Described, SampleIndex]:
     """
     first = stores[0]
     for other in stores[1:]:
-        differences = unlike(first.spec, other.spec)
+        differences = unlike(first.computed_spec, other.computed_spec)
         if differences:
             lines = "".join(f"\n  {line}" for line in differences)
             raise StoreMismatchError(
@@ -147,7 +147,7 @@ def _same_rows(a: FeatureStore, b: FeatureStore) -> bool:
     """Whether two stores hold the same samples in the same order."""
     if a.spec.n_samples != b.spec.n_samples:
         return False
-    rows = match_rows(a.spec, a.index, b.index)
+    rows = match_rows(a.computed_spec, a.index, b.index)
     return np.array_equal(rows, np.arange(len(rows)))
 
 
@@ -160,7 +160,7 @@ def _with_rows(stores: Sequence[FeatureStore]) -> tuple[Described, SampleIndex]:
                 "want one or the other: extract what is missing with `drl extract --reuse`"
             )
     for a, b in combinations(stores, 2):
-        rows = match_rows(a.spec, a.index, b.index)
+        rows = match_rows(a.computed_spec, a.index, b.index)
         twice = np.flatnonzero(rows >= 0)
         if twice.size:
             names = [a.index.table["key"][row].as_py() for row in twice[:MAX_NAMED].tolist()]
@@ -199,7 +199,7 @@ def _with_taps(stores: Sequence[FeatureStore]) -> Described:
 def _by_tap(store: FeatureStore) -> dict[TapSpec, list[ArraySpec]]:
     """The arrays of each tap, in order; scales and offsets with theirs."""
     found: dict[TapSpec, list[ArraySpec]] = {}
-    for name, taps in taps_of(store.spec, store.arrays).items():
+    for name, taps in taps_of(store.computed_spec, store.arrays).items():
         if len(taps) != 1:
             raise SpecError(
                 f"{store.url}: array {name!r} may be of any of the taps "
@@ -217,7 +217,7 @@ def _joined_times(
     told: dict[float, int | float] = {}
     """Only where it is not the timestep itself."""
     for store in stores:
-        schedule = store.spec.schedule
+        schedule = store.computed_spec.schedule
         at = schedule.condition_at
         for i, time in enumerate(store.times):
             if times.setdefault(time.requested, time) != time:
@@ -227,15 +227,15 @@ def _joined_times(
                 )
             if at != "same":
                 told[time.requested] = at[min(i, len(at) - 1)]
-    asked = {float(t): t for store in stores for t in store.spec.schedule.timesteps}
+    asked = {float(t): t for store in stores for t in store.computed_spec.schedule.timesteps}
     changes: dict[str, object] = {"timesteps": tuple(asked[t] for t in times)}
-    is_one_for_all = len({store.spec.schedule.condition_at for store in stores}) == 1
+    is_one_for_all = len({store.computed_spec.schedule.condition_at for store in stores}) == 1
     is_one_for_all &= (
-        len(set(told.values())) == 1 and len(stores[0].spec.schedule.condition_at) == 1
+        len(set(told.values())) == 1 and len(stores[0].computed_spec.schedule.condition_at) == 1
     )
     if told and not is_one_for_all:
         changes["condition_at"] = tuple(told.get(t, asked[t]) for t in times)
-    return tuple(times.values()), stores[0].spec.schedule.model_copy(update=changes)
+    return tuple(times.values()), stores[0].computed_spec.schedule.model_copy(update=changes)
 
 
 def _check_cells(store: FeatureStore, sources: Sequence[Source]) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from drl_data.errors import FeatureError
+from drl_data.import_spec import ImportSpec
 from drl_data.plan import InvalidRow, Unit
 from drl_data.receipts import NonFinite
 from drl_data.spec import ArraySpec
@@ -44,6 +45,8 @@ class NumericCounts:
 
     def __init__(self, store: FeatureStore, unit: Unit, *, pinned: bool) -> None:
         self._store, self._unit = store, unit
+        self._dtype = ", ".join(sorted({array.dtype for array in store.features}))
+        self._section = "source" if isinstance(store.spec, ImportSpec) else "features"
         self._found = {
             array.name: torch.zeros(
                 (store.n_cells(array.name), unit.n_rows, 3), dtype=torch.int32, pin_memory=pinned
@@ -55,6 +58,12 @@ class NumericCounts:
         """What `to_storage` counted in rows of the unit from `start`; replaces what was kept."""
         kept = self._found[array][cell, start : start + len(counts)]
         kept.copy_(counts, non_blocking=True)
+
+    def forget(self, row: int) -> None:
+        """Count nothing of the unit's row at this position: it has no features for another
+        reason."""
+        for counts in self._found.values():
+            counts[:, row] = 0
 
     def settle(self) -> Settled:
         """Counts and invalid rows; call it when the device is done.
@@ -79,7 +88,7 @@ class NumericCounts:
         reasons: dict[int, str] = {}
         for counts, policy, what in (
             (non_finite, spec.non_finite, "non-finite"),
-            (over, spec.overflow, f"too large for {spec.dtype}"),
+            (over, spec.overflow, f"too large for {self._dtype}"),
         ):
             if policy == "invalid":
                 for row in _rows(counts):
@@ -118,7 +127,7 @@ class NumericCounts:
 
     def _places(self, found: dict[str, Counts], counts: dict[str, Counts], row: int) -> str:
         """Where a row has them first, in the order of the store, and at how many places more."""
-        views = self._store.spec.images.view_names
+        views = self._store.spec.view_names
         places = [
             (self._store.array(name), int(cell))
             for name, x in counts.items()
@@ -148,13 +157,15 @@ class NumericCounts:
         where = f"{', '.join(lines)}, in {len(rows)} rows, the first of them {first} (key {key!r})"
         if is_over:
             return (
-                f"features too large for {self._store.spec.dtype}: {where}; set "
-                "`features.dtype: bfloat16` or float32, or `features.overflow: clip` or invalid"
+                f"features too large for {self._dtype}: {where}; set "
+                f"`{self._section}.dtype: bfloat16` or float32, or `{self._section}.overflow: "
+                "clip` or invalid"
             )
-        return (
-            f"features are not finite: {where}; compute in another precision "
-            "(`backbone.dtype: bfloat16` or float32), or set `features.non_finite: invalid` or clip"
-        )
+        remedy = f"set `{self._section}.non_finite: invalid` or clip"
+        if self._section == "features":
+            precision = "(`backbone.dtype: bfloat16` or float32)"
+            remedy = f"compute in another precision {precision}, or {remedy}"
+        return f"features are not finite: {where}; {remedy}"
 
 
 def _rows(counts: dict[str, Counts]) -> list[int]:

@@ -151,11 +151,14 @@ def row_uri(store: FeatureStore, row: int, side: int = THUMBNAIL_SIDE) -> str | 
 
 
 def _pixels(store: FeatureStore, row: int) -> Pixels | None:
-    """[h, w, c] of one row, of a video its first frame; None if its tar is not there any more."""
+    """[h, w, c] of one row, of a video its first frame; None if its tar is not there any more, or
+    features were imported without images."""
+    if store.spec.images is None:
+        return None
     batches = read_batches(
         Unit(0, row, row + 1),
         store.index,
-        store.spec.images.model_copy(update={"frames": 1}),
+        store.image_spec.model_copy(update={"frames": 1}),
         batch_size=1,
         n_threads=1,
         prefetch_bytes=64 << 20,

@@ -36,6 +36,7 @@ from drl_data.diffusion_spec import (
     ScheduleSpec,
 )
 from drl_data.errors import SpecError
+from drl_data.import_spec import SourceSpec
 from drl_data.job_specs import ClusterSpec, ProbeSpec, RetrieveSpec
 from drl_data.score_spec import ScoreSpec
 from drl_data.segment_spec import SegmentSpec
@@ -210,7 +211,10 @@ class Pipeline(Spec):
     paper: str | None = None
     """The paper whose system this file reproduces, with its number."""
     dataset: DatasetSpec
-    images: ImageSpec
+    """Without tars only where the features come from a `source`: its files then make the rows."""
+    images: ImageSpec | None
+    source: SourceSpec | None = None
+    """Features that are there already, in place of `backbone`, `schedule` and `taps`."""
     buckets: BucketSpec | None = None
     backbone: BackboneSpec | None = None
     latents: LatentSpec = LatentSpec()
@@ -234,6 +238,35 @@ class Pipeline(Spec):
     pretrain: PretrainSpec | None = None
     synthesize: SynthesizeSpec | None = None
     tiny: TinySpec | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _images_of_a_source(cls, data: object) -> object:
+        """Imported features may come without their images."""
+        if isinstance(data, Mapping) and data.get("source") is not None:
+            return {"dataset": {"tars": {}}, "images": None, **data}
+        return data
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Pipeline:
+        given = ("backbone", "schedule", "taps", "buckets")
+        both = [name for name in given if getattr(self, name)]
+        if self.source is not None and both:
+            raise ValueError(
+                f"source and {', '.join(both)}: features are imported or computed, not both"
+            )
+        return self
+
+    @property
+    def image_spec(self) -> ImageSpec:
+        """How images become pixels.
+
+        Raises:
+            SpecError: features come from a `source` without their images.
+        """
+        if self.images is None:
+            raise SpecError(f"pipeline {self.name!r} lacks images, and this needs their pixels")
+        return self.images
 
     @classmethod
     def parse(cls, data: object, source: str = "pipeline") -> Pipeline:
@@ -272,14 +305,17 @@ class Pipeline(Spec):
         def join(url: str) -> str:
             return url if is_absolute(url) else str(folder / url)
 
+        given, table = self.dataset, self.dataset.labels
+        if table is not None:
+            table = table.model_copy(update={"file": join(table.file)})
+        tars = {split: tuple(join(url) for url in urls) for split, urls in given.tars.items()}
         changes: dict[str, object] = {
             "results": join(self.results),
-            "dataset": self.dataset.model_copy(
-                update={
-                    "tars": {k: tuple(join(u) for u in v) for k, v in self.dataset.tars.items()}
-                }
-            ),
+            "dataset": given.model_copy(update={"tars": tars, "labels": table}),
         }
+        if self.source:
+            files = {k: tuple(join(u) for u in v) for k, v in self.source.files.items()}
+            changes["source"] = self.source.model_copy(update={"files": files})
         if self.backbone:
             changes["backbone"] = _with_paths(self.backbone, join)
         if self.condition.prompt_embeddings:

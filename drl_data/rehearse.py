@@ -50,7 +50,7 @@ def rehearsal(pipeline: Pipeline, folder: Path, *, n_samples: int = N_SAMPLES) -
     condition: dict[str, object] = {}
     if pipeline.condition.prompt_embeddings is not None:
         condition["prompt_embeddings"] = str(_embeddings(model, folder / "embeddings.safetensors"))
-    frames = tiny.images.get("frames", pipeline.images.frames)
+    frames = tiny.images.get("frames", pipeline.image_spec.frames)
     write_photo_tars(
         folder / "photos",
         n_samples=n_samples,
@@ -78,7 +78,7 @@ def rehearsal(pipeline: Pipeline, folder: Path, *, n_samples: int = N_SAMPLES) -
         for tap in pipeline.taps
     ]
     dataset = {
-        **pipeline.dataset.model_dump(exclude_unset=True),
+        **pipeline.dataset.model_dump(exclude_unset=True, exclude={"labels"}),
         "tars": {"all": str(folder / "photos" / "*.tar")},
     }
     return Pipeline.parse(

@@ -13,6 +13,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from drl_data.catalogue import Catalogue
 from drl_data.errors import (
     InputError,
     ObjectNotFoundError,
@@ -148,8 +149,11 @@ def _readable(store: FeatureStore, unit: Unit) -> Receipt | None:
         return None
 
 
-def _rewrite_own(store: FeatureStore, sizes: Sizes, index: SampleIndex) -> Repair:
-    """Put what follows from the spec, and the index, again where they are not as they must be."""
+def _rewrite_own(
+    store: FeatureStore, sizes: Sizes, index: SampleIndex, catalogue: Catalogue | None
+) -> Repair:
+    """Put what follows from the spec, and index and catalogue, again where they are not as they
+    must be."""
     problems, sound = check_own(store, sizes)
     damaged = [problem.object for problem in problems]
     metadata = store.metadata()
@@ -160,22 +164,30 @@ def _rewrite_own(store: FeatureStore, sizes: Sizes, index: SampleIndex) -> Repai
         data = index.to_parquet()
         store.folder.put("index.parquet", [data])  # until the next line they disagree, and it shows
         store.folder.put("index.json", [index_record(data)])
+    if catalogue is not None and {"source.parquet", "source.json"} & set(damaged):
+        store.put_catalogue(catalogue)
     return Repair(rewritten=tuple(damaged))
 
 
 # --- units ---------------------------------------------------------------------------------------
 
 
-def remove_damaged(store: FeatureStore, index: SampleIndex, units: Collection[Unit]) -> Repair:
+def remove_damaged(
+    store: FeatureStore,
+    index: SampleIndex,
+    units: Collection[Unit],
+    catalogue: Catalogue | None = None,
+) -> Repair:
     """Read everything, and remove what is damaged in these units and what they may not keep.
 
     A unit with a receipt loses its damaged objects (integers with their scales, and the reverse);
     one without, or with a damaged one, loses all that an attempt has left, as nothing vouches for
     it. A fit that no receipt names is damaged and is made anew; units that name another than the
-    one that is there are computed anew. `index` has the rows, as the tars are now.
+    one that is there are computed anew. `index` has the rows, as the tars are now;
+    `catalogue` where imported features are.
     """
     sizes = {info.path: info.size for info in store.folder.list()}
-    done = _rewrite_own(store, sizes, index)
+    done = _rewrite_own(store, sizes, index, catalogue)
     reports = list(check_units(store, sizes, index, deep=True))
     ledger = Ledger(r.receipt for r in reports if r.receipt is not None)
     refit = _damaged_fits(reports, sizes, store)

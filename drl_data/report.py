@@ -52,7 +52,7 @@ def write_report(pipeline: Pipeline, *, samples: Path | None = None) -> Path:
     store.locate_dataset(pipeline.dataset)
     receipts = list(store.receipts().values())
     results = Path(pipeline.results)
-    shown = thumbnails(store)
+    shown = [] if store.spec.images is None else thumbnails(store)
     probe = _probe(results / "probe.json")
     context: dict[str, object] = {
         "pipeline": pipeline,

@@ -132,5 +132,5 @@ def corresponded(results: Path, store: FeatureStore) -> Corresponded | None:
             for i, (point, truth, found, distance) in enumerate(columns)
         ]
         pairs.append(MatchedPair(example.name, source, target, points))
-    height, width = store.spec.images.size
+    height, width = store.image_spec.size
     return Corresponded(result, at, width / height, pairs)

@@ -67,7 +67,7 @@ def match(
     `input_shape` is that of the denoiser's input for one sample, if it is known: some tables of
     noise can be told to be equal by it only.
     """
-    rows = match_rows(new.spec, new_index, old_index)
+    rows = match_rows(new.computed, new_index, old_index)
     same_rows = len(rows) == old_index.n_samples and np.array_equal(rows, np.arange(len(rows)))
     cells, fits, reasons = match_cells(new, old, same_rows=same_rows, input_shape=input_shape)
     all_cells = (new.arrays, new.times) == (old.arrays, old.times)
@@ -186,7 +186,7 @@ def match_cells(
     """
     times = _match_times(new, old, input_shape)
     same_times = new.times == old.times and all(times.get(t) == t for t in range(len(new.times)))
-    mine, theirs = (reductions(d.spec, d.arrays) for d in (new, old))
+    mine, theirs = (reductions(d.computed, d.arrays) for d in (new, old))
     cells: dict[Cell, Cell] = {}
     fits: dict[str, str] = {}
     reasons: list[str] = []
@@ -267,7 +267,7 @@ def _match_times(
         for t, time in enumerate(new.times)
         if time in places
         and same_noise(
-            new.spec.noise, (t, len(new.times)), (places[time], len(old.times)), input_shape
+            new.computed.noise, (t, len(new.times)), (places[time], len(old.times)), input_shape
         )
     }
 

@@ -56,11 +56,11 @@ def make_reuse_task(
         as `open_reusable`.
     """
     store = FeatureStore.open(store_spec.url)
-    noise = store.spec.noise
+    noise = store.computed_spec.noise
     input_shape = None
     if noise.is_table and not noise.moves:
         meta = load_backbone(find_model(backbone), "meta")
-        input_shape = meta.input_shape(store.spec.images)
+        input_shape = meta.input_shape(store.image_spec)
     sources = open_sources(store, store_spec.reuse, input_shape)
     return ReuseTask(store, sources, extracting, memory_bytes)
 
@@ -76,7 +76,7 @@ def open_reusable(url: str, new_url: str, spec: FeatureSpec) -> FeatureStore:
     old = FeatureStore.open(url)
     if old.url == open_folder(new_url).url:
         raise UserError(f"{new_url}: a store cannot reuse itself; leave it out of --reuse")
-    differences = unlike(spec, old.spec)
+    differences = unlike(spec, old.computed_spec)
     if differences:
         lines = "".join(f"\n  {line}" for line in differences)
         raise StoreMismatchError(
@@ -100,7 +100,7 @@ def open_sources(
     """
     sources = []
     for url in urls:
-        old = open_reusable(url, store.url, store.spec)
+        old = open_reusable(url, store.url, store.computed_spec)
         matches = match(store.described, store.index, old.described, old.index, input_shape)
         for reason in matches.reasons:
             log.warning("%s: not reused: %s", redacted(old.url), reason)

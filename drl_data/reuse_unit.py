@@ -248,7 +248,7 @@ class UnitWork:
             pieces = [piece for piece in self._plan.pieces if piece.share.source is source]
             rows = np.logical_or.reduce([piece.mask for piece in pieces])
             how = self._how.get(id(source), Counter())
-            n_views = max(self._store.spec.images.n_views, 1)
+            n_views = max(len(self._store.spec.view_names), 1)
             found.append(
                 Reused(
                     store=redacted(source.store.url),
@@ -266,7 +266,7 @@ def _times(store: FeatureStore, places: set[Place]) -> TapTimes:
     """What a computer is asked for: positions of the timesteps of each array."""
     every = range(len(store.times))
     each = {t for name, t in places if store.array(name).timesteps == "each"}
-    along = store.spec.noise.kind == "inversion"  # which meets the largest label first
+    along = store.computed_spec.noise.kind == "inversion"  # which meets the largest label first
     first = max(every, key=lambda t: store.times[t].requested) if along else 0
     times: dict[str, set[int]] = {}
     for name, entry in places:

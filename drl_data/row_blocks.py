@@ -153,7 +153,7 @@ class RowReader:
         }
         self._geometry: Geometry | None = None
         if augment is not None:
-            size = (pixels.spec if pixels else selection.source.first.spec.images).size
+            size = (pixels.spec if pixels else selection.source.first.image_spec).size
             self._geometry = Geometry(augment, selection.arrays, size, seed)
 
     @property
@@ -335,7 +335,7 @@ def _constant(*positions: Rows) -> bool:
 
 def _groups(choice: Choice, own: Rows, pairs: Sequence[tuple[Rows, Rows]]) -> list[_Group]:
     """Rows by (column, unit, view, timestep)."""
-    n_views = max(choice.store.spec.images.n_views, 1)
+    n_views = max(len(choice.store.spec.view_names), 1)
     n_times = len(choice.store.times)
     found = []
     for column, (views, times) in enumerate(pairs):

@@ -87,11 +87,11 @@ def row_pixels(
         index, spec = images
         _require_same_samples(index, selection)
     else:
-        index, spec = store.index, store.spec.images if images is True else images
-    if spec.views and spec.view_names != store.spec.images.view_names:
+        index, spec = store.index, store.image_spec if images is True else images
+    if spec.views and spec.view_names != store.spec.view_names:
         raise SpecError(
             f"images with views {list(spec.view_names)}; want those of {store.url}, "
-            f"{list(store.spec.images.view_names)}, so that pixels are of the view that the "
+            f"{list(store.spec.view_names)}, so that pixels are of the view that the "
             "features are of; or none"
         )
     return RowPixels(index, spec, store.url, include_invalid, n_threads)

@@ -150,7 +150,7 @@ def prepare(
     draft = FeatureSpec(
         dataset=index.digest(),
         n_samples=index.n_samples,
-        images=pipeline.images,
+        images=pipeline.image_spec,
         weights=model.digest(),
         backbone_dtype=backbone.dtype,
         latents=pipeline.latents,
@@ -327,7 +327,19 @@ def _compute(
     if not pending or stop.requested:
         return
     outcomes = run(pipeline, pending, stop, tars=prepared.tars)
-    bar_of_rows = progress.bar("extract", sum(unit.n_rows for unit in pending), "images")
+    compute_units(outcomes, pending, summary, progress, stop, "extract")
+
+
+def compute_units(
+    outcomes: Generator[Outcome[UnitResult | None], None, None],
+    pending: Sequence[Unit],
+    summary: RunSummary,
+    progress: Progress,
+    stop: Stop,
+    doing: str,
+) -> None:
+    """Let an executor work, until `stop`; its outcomes are counted in `summary`."""
+    bar_of_rows = progress.bar(doing, sum(unit.n_rows for unit in pending), "images")
     with one_thread(), stop.heeded(), bar_of_rows as bar, closing(outcomes):
         for outcome in outcomes:
             _add(summary, outcome)
@@ -414,6 +426,11 @@ def required_sections(pipeline: Pipeline) -> tuple[BackboneSpec, ScheduleSpec, S
     Raises:
         SpecError: naming those that the pipeline lacks.
     """
+    if pipeline.source is not None:
+        raise SpecError(
+            f"pipeline {pipeline.name!r} imports its features (`source:`), and has no model that "
+            "could compute some; `drl import` makes its store, which every task reads"
+        )
     backbone, schedule, store = pipeline.backbone, pipeline.schedule, pipeline.store
     if backbone is None or schedule is None or store is None or not pipeline.taps:
         sections = {

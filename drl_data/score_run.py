@@ -106,7 +106,7 @@ def _prepared(pipeline: Pipeline, spec: ScoreSpec, url: str) -> Prepared:
     """The pipeline resolved, as if the whole table were to be stored under `url`."""
     if FeatureStore.exists(url):
         raise SpecError(f"score.url: {url} is a feature store; the losses need a folder of theirs")
-    if pipeline.images.n_views:
+    if pipeline.image_spec.n_views:
         raise SpecError("score.stages: images are scored as they are; leave out images.views")
     if pipeline.features.non_finite == "clip":
         raise SpecError(

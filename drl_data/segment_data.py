@@ -52,7 +52,7 @@ class SegmentRows:
             SpecError: no such split, a view whose labels are not known, or no label map in a split.
         """
         require_two_splits(spec.train, spec.test, "segment")
-        name = (store.spec.images.view_names or ("id",))[store.view_index(spec.view)]
+        name = (store.image_spec.view_names or ("id",))[store.view_index(spec.view)]
         if name not in ("id", "hflip"):
             raise SpecError(f"segment.view: {name!r}; label maps are fitted for id and hflip only")
         view: Literal["id", "hflip"] = "hflip" if name == "hflip" else "id"
@@ -249,7 +249,7 @@ def image_pixels(store: FeatureStore, rows: Rows, *, flipped: bool) -> Iterator[
     Raises:
         InputError: the tars are gone or changed.
     """
-    images = store.spec.images.model_copy(update={"views": ()})
+    images = store.image_spec.model_copy(update={"views": ()})
     reader = RowPixels(store.index, images, store.url, include_invalid=False, n_threads=4)
     step = max(READ_BYTES // int(np.prod(images.shape)), 1)
     for start in range(0, len(rows), step):

@@ -9,7 +9,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from drl_data.errors import SpecError
-from drl_data.export_formats import file_name, whole
+from drl_data.export_formats import whole
+from drl_data.key_names import file_name
 
 
 def palette() -> list[int]:

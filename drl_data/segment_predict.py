@@ -71,7 +71,7 @@ def predict(
     progress: Progress,
 ) -> Predictions:
     """Image by image: classes of every pixel, compared where there is a truth, and written."""
-    size = store.spec.images.size
+    size = store.image_spec.size
     wanted = np.concatenate([rows.test, rows.more])
     flipped = rows.labels.view == "hflip"
     colours = image_pixels(store, wanted, flipped=flipped) if spec.pixels else None

@@ -270,7 +270,7 @@ def _views(store: FeatureStore, wanted: Views) -> tuple[Axis, bool]:
     if wanted == "sample":
         wanted = Draw()
     if isinstance(wanted, Draw):
-        names = wanted.of if wanted.of is not None else store.spec.images.view_names or ("id",)
+        names = wanted.of if wanted.of is not None else store.spec.view_names or ("id",)
         weights = _weights(store, wanted, names)
         return Axis(tuple(store.view_index(str(name)) for name in names), weights), False
     if wanted is None or isinstance(wanted, str):

@@ -43,9 +43,24 @@ FORMAT_VERSION = 1
 """Version of the store format and of the fingerprint; STORE.md says what it covers."""
 
 
-def _as_splits(value: object) -> object:
+def as_splits(value: object) -> object:
     """`tars: a.tar` and `tars: [a.tar]` read as `tars: {all: [a.tar]}`."""
     return value if isinstance(value, Mapping) else {"all": value}
+
+
+class LabelsSpec(Spec):
+    """A table with a line for each sample: labels, captions or splits that the tars do not have."""
+
+    file: str
+    """Parquet, or CSV (`.tsv`: tabs) with a line of names; a path or URL."""
+    key: str = "key"
+    """Column of the samples' keys (a tar's member `a/b.jpg` has the key `a/b`); each once."""
+    label: str | None = "label"
+    """Column of the labels, integers or texts; null: labels are those of the tars."""
+    caption: str | None = None
+    """Column of the captions; null: those of the tars."""
+    split: str | None = None
+    """Column of the names of splits; null, or no value in a line: as `tars` says."""
 
 
 class DatasetSpec(Spec):
@@ -56,13 +71,15 @@ class DatasetSpec(Spec):
     expansions sorted, samples as in the tar.
     """
 
-    tars: Annotated[dict[str, StrTuple], BeforeValidator(_as_splits)]
+    tars: Annotated[dict[str, StrTuple], BeforeValidator(as_splits)]
     image: StrTuple = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
     """Extensions that hold the image, in order of preference; compared in lower case."""
     label: str | None = "cls"
     """Extension of the label, or `EXT:FIELD` for a field of a JSON member."""
     caption: str | None = "txt"
     """Extension of the caption, or `EXT:FIELD` for a field of a JSON member."""
+    labels: LabelsSpec | None = None
+    """A table that has them instead."""
 
 
 Channel = Annotated[int, Field(ge=0, le=255)]
@@ -410,28 +427,15 @@ class ArraySpec(Spec):
         return n
 
 
-class FeatureSpec(Spec):
-    """The identity of a store's content: everything that changes a byte, nothing that does not.
+class ContentSpec(Spec):
+    """The identity of a store's content, wherever the features come from.
 
-    Made by resolving a `Pipeline` against its data (`dataset`: digest of the sample index) and its
-    model (`weights`: digest of the files, or of configuration and seed for random weights;
-    `condition_files`: digests of embeddings that the condition names).
+    A `FeatureSpec` where they were extracted, an `ImportSpec` where somebody had them.
     """
 
     format: int = FORMAT_VERSION
     dataset: str
     n_samples: Annotated[int, Field(ge=1)]
-    images: ImageSpec
-    weights: str
-    backbone_dtype: DType
-    latents: LatentSpec
-    condition: ConditionSpec
-    condition_files: dict[str, str] = {}
-    schedule: ScheduleSpec
-    noise: NoiseSpec
-    taps: tuple[TapSpec, ...]
-    dtype: StorageDType
-    batch_size: int
     rows_per_unit: int
     overflow: Literal["error", "clip", "invalid"]
     non_finite: Literal["error", "clip", "invalid"] = "error"
@@ -446,6 +450,32 @@ class FeatureSpec(Spec):
         content = {**self.model_dump(mode="json", exclude_defaults=True), "format": self.format}
         return hashlib.sha256(canonical_json(content)).hexdigest()[:32]
 
-    def differences(self, other: FeatureSpec) -> list[str]:
+    def differences(self, other: ContentSpec) -> list[str]:
         """Lines `path: mine != theirs`, one for each leaf that differs; empty if equal."""
         return differences(self.model_dump(mode="json"), other.model_dump(mode="json"))
+
+
+class FeatureSpec(ContentSpec):
+    """The identity of extracted features: everything that changes a byte, nothing that does not.
+
+    Made by resolving a `Pipeline` against its data (`dataset`: digest of the sample index) and its
+    model (`weights`: digest of the files, or of configuration and seed for random weights;
+    `condition_files`: digests of embeddings that the condition names).
+    """
+
+    images: ImageSpec
+    weights: str
+    backbone_dtype: DType
+    latents: LatentSpec
+    condition: ConditionSpec
+    condition_files: dict[str, str] = {}
+    schedule: ScheduleSpec
+    noise: NoiseSpec
+    taps: tuple[TapSpec, ...]
+    dtype: StorageDType
+    batch_size: int
+
+    @property
+    def view_names(self) -> tuple[str, ...]:
+        """One for each entry of the axis `view`; none without one."""
+        return self.images.view_names

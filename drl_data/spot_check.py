@@ -118,7 +118,7 @@ def _check_unit(
     result: SpotCheck,
 ) -> None:
     unit = store.units[receipt.unit]
-    size = store.spec.batch_size
+    size = store.computed_spec.batch_size
     batches = np.repeat([rows[at : at + size].any() for at in range(0, unit.n_rows, size)], size)
     selection = Selection(rows=batches[: unit.n_rows])
     poison = [(row.row, row.reason) for row in receipt.invalid if row.stage == "worker"]
@@ -202,5 +202,5 @@ def _place(store: FeatureStore, array: ArraySpec, t: int, view: int) -> str:
     place = array.name
     if array.timesteps == "each":
         place += f", timestep {store.times[t].requested:g}"
-    names = store.spec.images.view_names
+    names = store.spec.view_names
     return f"{place}, view {names[view]}" if names else place

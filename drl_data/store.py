@@ -17,13 +17,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from drl_data.catalogue import Catalogue
 from drl_data.errors import (
     InputError,
     ObjectNotFoundError,
+    SpecError,
     StoreError,
+    StoreMismatchError,
     TapError,
     redacted,
 )
+from drl_data.import_spec import ImportSpec, StoreContent
 from drl_data.index import SampleIndex, TarInfo
 from drl_data.ledger import Ledger
 from drl_data.objects import Folder, open_folder
@@ -38,7 +42,7 @@ from drl_data.receipts import (
 from drl_data.sealing import seal
 from drl_data.shard_reader import ShardReader, in_threads, in_turn
 from drl_data.shards import Array
-from drl_data.spec import ArraySpec, DatasetSpec, FeatureSpec, ResolvedTime
+from drl_data.spec import ArraySpec, DatasetSpec, FeatureSpec, ImageSpec, ResolvedTime
 from drl_data.store_metadata import (
     Described,
     array_layout,
@@ -91,15 +95,17 @@ class FeatureStore:
     def create(
         cls,
         url: str,
-        spec: FeatureSpec,
+        spec: StoreContent,
         arrays: Sequence[ArraySpec],
         times: Sequence[ResolvedTime],
         index: SampleIndex,
+        catalogue: Catalogue | None = None,
     ) -> FeatureStore:
         """Write all metadata, or open the store that is there if it holds exactly this.
 
         The group's `zarr.json` is put first, if absent, and claims the URL; the rest follows from
-        it, so a creation that was cut short is completed by the next one.
+        it, so a creation that was cut short is completed by the next one. `catalogue` says where
+        imported features are; others have none.
 
         Raises:
             SpecError: arrays that Zarr or xarray cannot hold.
@@ -119,11 +125,14 @@ class FeatureStore:
         if not store.folder.put_if_absent("zarr.json", [root]):
             existing = cls.open(url)
             require_same(existing.url, existing.described, store.described)
-            if existing._has("index.json"):
+            last = "index.json" if catalogue is None else "source.json"
+            if existing._has(last):
                 existing._index = index
                 return existing
         in_threads(lambda path: store.folder.put(path, [objects[path]]), list(objects))
         store.put_index(index)
+        if catalogue is not None:
+            store.put_catalogue(catalogue)
         return store
 
     @classmethod
@@ -163,6 +172,28 @@ class FeatureStore:
         self.folder.put_if_absent("index.json", [index_record(data)])
         self._index = index
 
+    def put_catalogue(self, catalogue: Catalogue) -> None:
+        """Put where imported features are, and the record of its bytes; both are replaced."""
+        data = catalogue.to_parquet()
+        self.folder.put("source.parquet", [data])
+        self.folder.put("source.json", [index_record(data)])
+
+    def catalogue(self) -> Catalogue:
+        """Where imported features are.
+
+        Raises:
+            StoreError: it is missing or damaged; or features were computed, not imported.
+        """
+        place = f"{self.url}/source.parquet"
+        try:
+            data = self.folder.get("source.parquet")
+        except ObjectNotFoundError as error:
+            raise StoreError(
+                f"{place}: missing; `drl import --repair` with the store's pipeline restores it, "
+                "if its features were imported at all"
+            ) from error
+        return Catalogue.from_parquet(data, place)
+
     def metadata(self) -> dict[str, bytes]:
         """Path -> bytes of every object but the index that is known before any unit."""
         return store_metadata(self.described)
@@ -191,7 +222,39 @@ class FeatureStore:
         Raises:
             InputError: if `dataset` names other tars.
         """
+        if not dataset.tars:  # features that were imported without their images
+            return
         self._index = self.index.located(dataset)
+
+    @property
+    def computed_spec(self) -> FeatureSpec:
+        """The spec of features that a pipeline computed.
+
+        Raises:
+            StoreMismatchError: they were imported, so that nothing here can compute them.
+        """
+        if isinstance(self.spec, ImportSpec):
+            raise StoreMismatchError(
+                f"{self.url}: its features were imported with `drl import`, not computed, so they "
+                "cannot be computed anew, extended, reused or merged; read several stores together "
+                "with `drl_data.join`, or import all arrays with one `source:`"
+            )
+        return self.spec
+
+    @property
+    def image_spec(self) -> ImageSpec:
+        """How the images of the features become pixels.
+
+        Raises:
+            SpecError: features were imported without saying so.
+        """
+        if self.spec.images is None:
+            raise SpecError(
+                f"{self.url}: its features were imported without images, so it has no pixels; do "
+                "without them (`probe.pixels: false`), or import into another store with the "
+                "sections `dataset:` and `images:`"
+            )
+        return self.spec.images
 
     @cached_property
     def _by_name(self) -> dict[str, ArraySpec]:
@@ -249,7 +312,7 @@ class FeatureStore:
         Raises:
             TapError: the store does not have it.
         """
-        names = self.spec.images.view_names
+        names = self.spec.view_names
         if view is None or (view == "id" and not names):
             return 0
         if view not in names:

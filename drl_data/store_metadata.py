@@ -15,8 +15,9 @@ from pydantic import JsonValue, ValidationError
 
 from drl_data.checksums import checked_json, signed_json
 from drl_data.errors import SpecError, StoreError, StoreMismatchError, TapError
+from drl_data.import_spec import ImportSpec, StoreContent
 from drl_data.shards import STORED, Array, ShardLayout
-from drl_data.spec import FORMAT_VERSION, ArraySpec, FeatureSpec, ResolvedTime
+from drl_data.spec import FORMAT_VERSION, ArraySpec, ContentSpec, FeatureSpec, ResolvedTime
 from drl_data.spec_base import canonical_json
 
 TIME_DIMS = {"each": "timestep", "mean": "timestep_mean", "none": "timeless"}
@@ -24,16 +25,29 @@ TIME_DIMS = {"each": "timestep", "mean": "timestep_mean", "none": "timeless"}
 
 _RESERVED = (
     *("sample", "view", *TIME_DIMS.values(), "valid", "receipts", "fits", "zarr.json", "spec.json"),
-    *("index.parquet", "index.json", "samples.parquet", "sealed.json"),
+    *(
+        "index.parquet",
+        "index.json",
+        "samples.parquet",
+        "sealed.json",
+        "source.parquet",
+        "source.json",
+    ),
 )
 
 
 class Described(NamedTuple):
     """What a store holds: the spec, and what its taps and timesteps resolved to."""
 
-    spec: FeatureSpec
+    spec: StoreContent
     arrays: tuple[ArraySpec, ...]
     times: tuple[ResolvedTime, ...]
+
+    @property
+    def computed(self) -> FeatureSpec:
+        """The spec of features that are known to be computed (`FeatureStore.computed_spec`)."""
+        assert isinstance(self.spec, FeatureSpec), "imported features were let through"
+        return self.spec
 
 
 def store_metadata(store: Described) -> dict[str, bytes]:
@@ -89,7 +103,7 @@ def parse_root(data: bytes, url: str) -> Described:
                 "install the version that wrote it"
             )
         described = Described(
-            FeatureSpec.model_validate(meta["spec"]),
+            _parse_spec(meta["spec"]),
             tuple(ArraySpec.model_validate(a) for a in meta["arrays"]),
             tuple(ResolvedTime.model_validate(t) for t in meta["times"]),
         )
@@ -110,6 +124,11 @@ def parse_root(data: bytes, url: str) -> Described:
     except ValueError as error:
         raise StoreError(f"{url}/zarr.json: {error}. {remedy}") from error
     return described
+
+
+def _parse_spec(data: dict[str, JsonValue]) -> StoreContent:
+    """Only imported features have a source."""
+    return (ImportSpec if "source" in data else FeatureSpec).model_validate(data)
 
 
 def require_same(url: str, stored: Described, wanted: Described) -> None:
@@ -194,7 +213,7 @@ def check_arrays(arrays: Sequence[ArraySpec]) -> None:
         raise SpecError(f"store: {sorted(dims & set(names))} name both an array and a dimension")
 
 
-def array_layout(array: ArraySpec, spec: FeatureSpec, n_timesteps: int) -> ShardLayout:
+def array_layout(array: ArraySpec, spec: ContentSpec, n_timesteps: int) -> ShardLayout:
     """Where the rows of an array lie in its shards, and where those are."""
     return ShardLayout(
         spec.rows_per_unit,
@@ -206,7 +225,7 @@ def array_layout(array: ArraySpec, spec: FeatureSpec, n_timesteps: int) -> Shard
 
 
 def array_metadata(
-    array: ArraySpec, dims: Sequence[str], spec: FeatureSpec, n_times: int
+    array: ArraySpec, dims: Sequence[str], spec: ContentSpec, n_times: int
 ) -> dict[str, JsonValue]:
     """`zarr.json` of a feature array."""
     layout = array_layout(array, spec, n_times)

@@ -104,7 +104,7 @@ class UnitPass:
     ) -> None:
         """`ask` is called before each forward, and may raise to end the pass. `into` has the memory
         that is filled, if there is any."""
-        self._store, self._unit, self._spec = store, unit, store.spec
+        self._store, self._unit, self._spec = store, unit, store.computed_spec
         _check_times(store, selection.times or {})
         self._computer, self._conditions, self._selection = computer, conditions, selection
         self._clock, self._ask, self._micro_batches = clock, ask, micro_batches

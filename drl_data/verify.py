@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 from pydantic import JsonValue
 
+from drl_data.catalogue import Catalogue
 from drl_data.checksums import parse_json
 from drl_data.errors import InputError, ObjectNotFoundError, StoreError
+from drl_data.import_spec import ImportSpec
 from drl_data.index import SampleIndex
 from drl_data.ledger import Ledger
 from drl_data.objects import Buffer
@@ -22,6 +24,9 @@ from drl_data.unit_checks import REPAIR, Problem, Sizes, check_units
 
 if TYPE_CHECKING:
     from drl_data.store import FeatureStore
+
+
+IMPORT_REPAIR = "`drl import --repair` with the store's pipeline restores it"
 
 
 def verify(store: FeatureStore, *, deep: bool) -> list[Problem]:
@@ -39,6 +44,8 @@ def verify(store: FeatureStore, *, deep: bool) -> list[Problem]:
 def foreign_objects(store: FeatureStore) -> list[str]:
     """Paths of objects that are not the store's; they may lie there, and are not read."""
     known = {*store.metadata(), "index.parquet", "index.json", "samples.parquet", "sealed.json"}
+    if isinstance(store.spec, ImportSpec):
+        known.update(("source.parquet", "source.json"))
     known.update(fit_path(array.name) for array in store.features)
     for unit in store.units:
         known.update(path for _, _, path in store.shards(unit))
@@ -74,7 +81,28 @@ def check_own(store: FeatureStore, sizes: Sizes) -> tuple[list[Problem], SampleI
             what = "not what the store's spec implies; damaged, or edited"
             problems.append(Problem(None, path, what, REPAIR))
     wrong, index = check_index(store, sizes)
-    return [*problems, *wrong], index
+    return [*problems, *wrong, *check_catalogue(store, sizes)], index
+
+
+def check_catalogue(store: FeatureStore, sizes: Sizes) -> list[Problem]:
+    """What is wrong with the catalogue of imported features."""
+    if not isinstance(store.spec, ImportSpec):
+        return []
+    for path in ("source.parquet", "source.json"):
+        if path not in sizes:
+            return [Problem(None, path, "missing", IMPORT_REPAIR)]
+    data, record = store.folder.get("source.parquet"), store.folder.get("source.json")
+    what = None
+    if bytes(record) != index_record(data):
+        what = f"not as source.json says: {bytes(record)[:99]!r}, want {index_record(data)!r}"
+    else:
+        try:
+            found = Catalogue.from_parquet(data, f"{store.url}/source.parquet").digest()
+            if found != store.spec.files:
+                what = f"of files {found}, the store's spec says {store.spec.files}"
+        except StoreError as error:
+            what = str(error)
+    return [] if what is None else [Problem(None, "source.parquet", what, IMPORT_REPAIR)]
 
 
 def check_index(store: FeatureStore, sizes: Sizes) -> tuple[list[Problem], SampleIndex | None]:

@@ -83,7 +83,7 @@ def check_warps(
         UserError: `computed` needs more than images, or the pipeline is not the store's any more.
     """
     own, wanted = _of_this_store(columns)
-    size = store.spec.images.size
+    size = store.image_spec.size
     rows = _rows(store, check)
     reader = MapReader(store, own, device)
     points = _points(check, size, own)
@@ -180,7 +180,7 @@ def _warped(
         moved = warp(size)
         maps = [move(one) for one in source.maps]
         yield _Warped(name, moved, input_side(moved.size, cells, maps))
-    images = store.spec.images
+    images = store.image_spec
     if images.views and view_of(store, spec.view) == "id":
         yield from _views(store, cells, source, row, device)
     if made is not None:
@@ -191,7 +191,7 @@ def _views(
     store: FeatureStore, cells: Sequence[MapCell], source: Side, row: int, device: str
 ) -> Iterator[_Warped]:
     """The image against each other view of it that the store has."""
-    images = store.spec.images
+    images = store.image_spec
     key = store.index.table.column("key")[row].as_py()
     original = images.size
     if any(name.startswith("crop-") for name in images.view_names):
@@ -232,7 +232,7 @@ class _Computed:
             return None
         if any(cell.view for cell in cells):
             raise SpecError("correspond.check.computed: warps are of the image itself (view id)")
-        images = store.spec.images.model_copy(update={"views": ()})
+        images = store.image_spec.model_copy(update={"views": ()})
         reader = RowPixels(store.index, images, store.url, include_invalid=False, n_threads=4)
         warps = computed_warps(check, images.size)
         files = []
@@ -250,7 +250,7 @@ class _Computed:
     def warped(self, row: int, device: str) -> Iterator[_Warped]:
         """The image of a row, in each warp."""
         at = int(np.searchsorted(self.rows, row)) * len(self.warps)
-        size = self.store.spec.images.size
+        size = self.store.image_spec.size
         for i, (name, warp) in enumerate(self.warps.items()):
             maps = [cell.read([at + i])[0].to(device) for cell in self.cells]
             yield _Warped(f"computed {name}", warp, image_side(size, self.cells, maps, None))

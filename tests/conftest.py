@@ -5,13 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from drl_data import cli
+
+Drl = Callable[..., tuple[int, str, str]]
+"""Runs `drl ARGS`: exit status, standard output, standard error."""
 
 AWS_SETTINGS = (
     "AWS_ENDPOINT_URL",
@@ -149,3 +155,24 @@ def local_ray() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def drl(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Drl:
+    """Run `drl ARGS` in this process: (exit status, standard output, standard error)."""
+
+    def run(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["drl", *map(str, args)])
+        monkeypatch.setattr(cli.out, "width", 200)
+        before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        captured = capfd.readouterr()
+        code = ended.value.code
+        return (code if isinstance(code, int) else 0), captured.out, captured.err
+
+    return run

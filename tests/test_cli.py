@@ -7,42 +7,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-from drl_data import cli
 from drl_data.index import SampleIndex
 from drl_data.store import FeatureStore
 from drl_data.testing import write_photo_tars
 from drl_data.tiny_models import save_tiny_ddpm
+from tests.conftest import Drl
 from tests.test_extract import assert_same_store, broken_tars
 
 ROOT = Path(__file__).parents[1]
-Drl = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def drl(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Drl:
-    """Run `drl ARGS` in this process: (exit status, standard output, standard error)."""
-
-    def run(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["drl", *map(str, args)])
-        monkeypatch.setattr(cli.out, "width", 200)
-        before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            with pytest.raises(SystemExit) as ended:
-                cli.main()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        captured = capfd.readouterr()
-        code = ended.value.code
-        return (code if isinstance(code, int) else 0), captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture(scope="module")

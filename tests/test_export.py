@@ -24,8 +24,9 @@ from typer.testing import CliRunner
 from drl_data.cli import app
 from drl_data.datasets import FeatureDataset
 from drl_data.errors import InputError, SpecError
-from drl_data.export_formats import file_name, member_name, whole
+from drl_data.export_formats import whole
 from drl_data.index import SampleIndex
+from drl_data.key_names import file_name, member_name
 from drl_data.plan import InvalidRow
 from drl_data.spec import ImageSpec
 from drl_data.store import FeatureStore

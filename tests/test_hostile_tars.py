@@ -14,8 +14,6 @@ import json
 import lzma
 import os
 import re
-import signal
-import sys
 import tarfile
 import tracemalloc
 import unicodedata
@@ -27,18 +25,19 @@ import numpy as np
 import pytest
 from PIL import GifImagePlugin, Image, ImageFile, PngImagePlugin
 
-from drl_data import cli
 from drl_data.decode import decode_image
 from drl_data.errors import ImageError, InputError
 from drl_data.extract import make_task
 from drl_data.images import read_batches
-from drl_data.index import MAX_MEMBER_BYTES, SampleIndex, build_index
+from drl_data.index import SampleIndex, build_index
 from drl_data.pipeline import Pipeline
 from drl_data.plan import Lease, Unit
 from drl_data.runs import extract
 from drl_data.spec import DatasetSpec, ImageSpec
 from drl_data.store import FeatureStore
+from drl_data.tar_samples import MAX_MEMBER_BYTES
 from drl_data.tiny_models import save_tiny_ddpm
+from tests import conftest
 from tests.hostile_images import HOSTILE, damaged, encode, photo
 from tests.test_extract import assert_same_store, pipeline
 from tests.toy_tars import png, write_tar
@@ -54,21 +53,12 @@ def ddpm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def drl(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Drl:
+def drl(drl: conftest.Drl) -> Drl:
     """Run `drl ARGS` in this process: (exit status, what it printed)."""
 
     def run(*args: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["drl", *map(str, args)])
-        before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            with pytest.raises(SystemExit) as ended:
-                cli.main()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        captured = capfd.readouterr()
-        code = ended.value.code
-        return (code if isinstance(code, int) else 0), captured.out + captured.err
+        status, out, err = drl(*args)
+        return status, out + err
 
     return run
 

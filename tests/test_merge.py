@@ -6,7 +6,6 @@ import io
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,11 +22,8 @@ from drl_data.runs import extract
 from drl_data.spec import DatasetSpec
 from drl_data.store import FeatureStore
 from drl_data.tiny_models import save_tiny_ddpm
+from tests.part_stores import MID, UP, Changes, direct_stores, pipelines_of
 from tests.test_extract import assert_same_store
-
-Changes = dict[str, Any]
-MID = "mid_block"
-UP = {"path": "up_blocks.*", "reduce": "avg_pool(4)"}
 
 
 def image(seed: int) -> bytes:
@@ -56,39 +52,17 @@ def tars(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def pipeline(tars: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pipeline]:
-    folder = tmp_path_factory.mktemp("stores")
-    model = save_tiny_ddpm(tmp_path_factory.mktemp("ddpm"))
-
-    def make(name: str, *, numbers: str = "012", **changes: object) -> Pipeline:
-        data: Changes = {
-            "name": "test",
-            "dataset": {"tars": [tars[int(number)] for number in numbers]},
-            "images": {"size": 16},
-            "backbone": {"model": str(model)},
-            "schedule": {"timesteps": [0, 300]},
-            "taps": [MID, UP],
-            "features": {"dtype": "float16", "batch_size": 2, "rows_per_unit": 4},
-            "store": {"url": str(folder / name)},
-        }
-        return Pipeline.parse({**data, **changes})
-
-    return make
+    return pipelines_of(
+        tars,
+        save_tiny_ddpm(tmp_path_factory.mktemp("ddpm")),
+        tmp_path_factory.mktemp("stores"),
+        {"dtype": "float16", "batch_size": 2, "rows_per_unit": 4},
+    )
 
 
 @pytest.fixture(scope="module")
 def extracted(pipeline: Callable[..., Pipeline]) -> Callable[..., FeatureStore]:
-    """The store of a direct extraction, made once in the module."""
-    made: dict[str, FeatureStore] = {}
-
-    def get(**changes: object) -> FeatureStore:
-        name = repr(sorted(changes.items()))
-        if name not in made:
-            summary = extract(pipeline(f"direct-{len(made)}", **changes))
-            assert not summary.failed
-            made[name] = summary.store
-        return made[name]
-
-    return get
+    return direct_stores(pipeline)
 
 
 CASES: dict[str, tuple[list[Changes], Changes]] = {

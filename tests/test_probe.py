@@ -414,6 +414,14 @@ def test_sweep_extracts_a_few_and_ranks(tmp_path: Path) -> None:
     cells = sorted(source.cells, key=ProbeCell.rank, reverse=True)
     assert ranked == [[c.tap, f"{c.timestep:g}"] for c in cells]
     assert cells[0].timestep == 50  # at 900 of 1000 little of the digit is left
+    ratios = [cell.high_frequency for cell in source.cells]
+    assert all(ratio is not None and 0 < ratio < 1 for ratio in ratios)
+    want = stats.spearmanr(ratios, [cell.mean_validation for cell in source.cells]).statistic
+    assert source.frequency_correlation == pytest.approx(want)
+    assert f"accuracy is {want:+.2f}" in " ".join(done.output.split())
+    starred = [line[1:3] for line in lines if line and line[-1].endswith("*")]
+    chosen = [source.by_frequency(tap) for tap in ("down_blocks.1", "mid_block")]
+    assert sorted(starred) == [[c.tap, f"{c.timestep:g}"] for c in chosen if c is not None]
     small, large = (some_samples(index, ("train", "test"), n) for n in (40, 90))
     keys = [set(one.table["key"].to_pylist()) for one in (small, large)]
     assert keys[0] < keys[1]

@@ -7,7 +7,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,12 +23,10 @@ from drl_data.spec import ImageSpec, ResolvedTime
 from drl_data.store import FeatureStore
 from drl_data.testing import write_photo_tars
 from drl_data.tiny_models import save_tiny_ddpm, save_tiny_stable_diffusion
+from tests.part_stores import TAPS, Changes, direct_stores, pipelines_of
 from tests.test_extract import assert_same_store
 
-Changes = dict[str, Any]
-
 N_TARS, PER_TAR = 4, 6
-TAPS: list[object] = ["mid_block", {"path": "up_blocks.*", "reduce": "avg_pool(4)"}]
 
 
 @pytest.fixture(scope="module")
@@ -124,42 +121,13 @@ def meter(monkeypatch: pytest.MonkeyPatch) -> Meter:
 def pipeline(
     tars: list[str], ddpm: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Pipeline]:
-    """A pipeline by the name of its store; tars by their numbers."""
-    folder = tmp_path_factory.mktemp("stores")
-
-    def make(
-        name: str, *, reuse: Sequence[str] = (), numbers: str = "012", **changes: object
-    ) -> Pipeline:
-        data: Changes = {
-            "name": "test",
-            "dataset": {"tars": [tars[int(number)] for number in numbers]},
-            "images": {"size": 16},
-            "backbone": {"model": str(ddpm)},
-            "schedule": {"timesteps": [0, 300]},
-            "taps": TAPS,
-            "features": {"dtype": "float32", "batch_size": 4, "rows_per_unit": 8},
-            "store": {"url": str(folder / name), "reuse": list(reuse)},
-        }
-        features = {**data["features"], **Changes(changes.pop("features", {}))}
-        return Pipeline.parse({**data, **changes, "features": features})
-
-    return make
+    numbers = {"dtype": "float32", "batch_size": 4, "rows_per_unit": 8}
+    return pipelines_of(tars, ddpm, tmp_path_factory.mktemp("stores"), numbers)
 
 
 @pytest.fixture(scope="module")
 def extracted(pipeline: Callable[..., Pipeline]) -> Callable[..., FeatureStore]:
-    """The store of a direct extraction, made once in the module."""
-    made: dict[str, FeatureStore] = {}
-
-    def get(**changes: object) -> FeatureStore:
-        name = repr(sorted(changes.items()))
-        if name not in made:
-            summary = extract(pipeline(f"direct-{len(made)}", **changes))
-            assert not summary.failed
-            made[name] = summary.store
-        return made[name]
-
-    return get
+    return direct_stores(pipeline)
 
 
 @pytest.fixture

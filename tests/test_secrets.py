@@ -7,7 +7,6 @@ URLs have. Runs that fail and runs that succeed are then searched, byte by byte.
 from __future__ import annotations
 
 import base64
-import signal
 import sys
 import threading
 import traceback
@@ -36,6 +35,7 @@ from drl_data.runs import extract, prepare
 from drl_data.spec import DatasetSpec
 from drl_data.store import FeatureStore
 from drl_data.tiny_models import save_tiny_ddpm
+from tests.conftest import Drl
 from tests.test_extract import assert_same_store
 from tests.toy_tars import png, write_tar
 
@@ -261,20 +261,12 @@ def leaks(url: str, *printed: str) -> list[tuple[str, str]]:
 
 
 @pytest.fixture
-def drl(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def drl(drl: Drl) -> Callable[..., str]:
     """Run `drl -v ARGS` in this process: all that it printed, and its exit status at the end."""
 
     def run(*args: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["drl", "-v", *map(str, args)])
-        before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            with pytest.raises(SystemExit) as ended:
-                cli.main()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        captured = capfd.readouterr()
-        return f"{captured.out}{captured.err}exit {ended.value.code or 0}"
+        status, out, err = drl("-v", *args)
+        return f"{out}{err}exit {status}"
 
     return run
 

@@ -153,7 +153,7 @@ def run_distill(
     store = finished_store(pipeline, "distill")
     teacher = Teacher(store, spec)
     few = FewLabelTask.of(teacher)
-    student = Student(spec.student, store.spec.images, spec.seeds[0]).to(device)
+    student = Student(spec.student, store.image_spec, spec.seeds[0]).to(device)
     with one_thread(student.small):
         loss = _distil(student, teacher, device, progress)
         found = _compare(student, teacher, few, device, progress)
@@ -201,7 +201,7 @@ class Teacher:
             shuffle=shuffle,
             seed=self.spec.seeds[0],
             drop_last=drop_last,
-            images=(self.store.index, self.store.spec.images),
+            images=(self.store.index, self.store.image_spec),
         )
 
 
@@ -285,7 +285,7 @@ class Pairs:
 
     def __init__(self, teacher: Teacher, head: TeacherHead) -> None:
         self._tap, self._head = teacher.spec.tap, head
-        array, images = teacher.store.array(self._tap), teacher.store.spec.images
+        array, images = teacher.store.array(self._tap), teacher.store.image_spec
         first = teacher.stream(teacher.spec.train)
         self.n_rows = len(first.selection.rows)
         self._batch_size = teacher.spec.batch_size
@@ -346,7 +346,7 @@ def _compare(
 ) -> list[FewLabels]:
     """Fine-tune both arms for every number of labels and seed, then test them all in one pass."""
     spec = few.spec
-    images = teacher.store.spec.images
+    images = teacher.store.image_spec
     drawn = {(n, s): few.draw(n, s) for n in spec.labels_per_class for s in spec.seeds}
     pixels = _pixels(teacher, np.unique(np.concatenate(list(drawn.values()))))
     labels = dict(zip(few.train.rows.tolist(), few.targets(few.train.labels).tolist(), strict=True))

@@ -13,6 +13,7 @@ export again to go on. Rows without features are left out and counted.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -26,11 +27,13 @@ from torch import Tensor
 from drl_data.datasets import FeatureDataset
 from drl_data.errors import InputError, SpecError, redacted
 from drl_data.export_formats import (
+    IMAGES,
     Part,
     import_h5py,
     npy_path,
     whole,
     write_hdf5,
+    write_images,
     write_npy,
     write_parquet,
     write_safetensors,
@@ -39,8 +42,11 @@ from drl_data.export_formats import (
 from drl_data.moments import Moments
 from drl_data.progress import SILENT, Progress
 from drl_data.results import TaskResult
+from drl_data.row_pixels import Images
 from drl_data.selection import NO_LABEL, Rows
 from drl_data.store import FeatureStore
+
+log = logging.getLogger(__name__)
 
 Format = Literal["npy", "safetensors", "parquet", "webdataset", "hdf5"]
 
@@ -66,6 +72,7 @@ class ExportResult(TaskResult):
     view: str | None
     names: Literal["key", "row"]
     rows_per_file: int
+    images: bool = False
     n_samples: int
     """Rows that were exported."""
     n_invalid: int
@@ -84,21 +91,29 @@ def export(
     view: str | None = None,
     names: Literal["key", "row"] = "key",
     rows_per_file: int | None = None,
+    images: bool = False,
     progress: Progress = SILENT,
 ) -> ExportResult:
     """Write the features of a finished store as other files under `out`.
 
-    A tap that has one entry for all timesteps is written once, as `all`.
+    A tap that has one entry for all timesteps is written once, as `all`. With `images` a tree of
+    `.npy` has the images beside it, as features were computed of them: REPA's data folder is then
+    `images` and, by the name `vae-sd`, the folder of one tap and timestep.
 
     Raises:
         TapError: an unknown tap, timestep or view.
-        SpecError: no rows are left; keys that are not unique; h5py is missing.
+        SpecError: no rows are left; keys that are not unique; h5py is missing; images of videos,
+            or of another format than npy.
         InputError: `out` holds another export.
         StoreError: units are pending.
     """
     if to == "hdf5":
         import_h5py()
-    dataset = FeatureDataset(store, taps, timesteps, split=split, view=view)
+    if images:
+        _require_images(store, to)
+    dataset = FeatureDataset(
+        store, taps, timesteps, split=split, view=view, images=_pixels_of(store, view, images)
+    )
     chosen = dataset.selection
     (choice,) = chosen.choices  # one store, not joined ones
     if to in ("npy", "webdataset") and names == "key":
@@ -110,7 +125,7 @@ def export(
     row_bytes = sum(
         4 * int(np.prod(store.array(tap).shape, dtype=int)) * len(choice.times)
         for tap in choice.taps
-    )
+    ) + (int(np.prod(store.image_spec.shape)) if images else 0)
     result = ExportResult(
         store=redacted(store.url),
         fingerprint=store.fingerprint,
@@ -121,13 +136,15 @@ def export(
         view=view,
         names=names,
         rows_per_file=rows_per_file or max(min(MAX_ROWS, MAX_BYTES // row_bytes), 1),
+        images=images,
         n_samples=len(dataset),
         n_invalid=int(in_split.sum()) - len(dataset),
     )
     _begin(out, result)
     flipped = None
-    if to == "safetensors" and view is None and FLIP in store.spec.images.view_names:
+    if to == "safetensors" and view is None and FLIP in store.spec.view_names:
         flipped = FeatureDataset(store, taps, timesteps, split=split, view=FLIP)
+    _warn_of_readers(result, store, chosen.labels, has_flip=flipped is not None)
     splits = samples["split"].combine_chunks().take(pa.array(chosen.rows)).to_pylist()
     with progress.bar("export", len(dataset), "images") as bar:
         for number, start in enumerate(range(0, len(dataset), result.rows_per_file)):
@@ -148,6 +165,49 @@ def export(
     return done
 
 
+def _require_images(store: FeatureStore, to: Format) -> None:
+    if to != "npy":
+        raise SpecError(f"export to {to} with images: only a tree of npy has them (REPA)")
+    if store.image_spec.frames > 1:
+        raise SpecError(f"{store.url}: features of videos, which are no PNG; leave images out")
+    if any(array.name == IMAGES for array in store.features):
+        raise SpecError(f"{store.url}: an array is called {IMAGES!r}, as the folder of images is")
+
+
+def _pixels_of(store: FeatureStore, view: str | None, images: bool) -> Images:
+    """How the images of the exported view are decoded; None without them."""
+    if not images:
+        return None
+    if store.view_index(view) != 0 or store.spec.view_names[:1] not in ((), ("id",)):
+        raise SpecError("export with images: want the view id, that of the images as they are")
+    return store.image_spec.model_copy(update={"views": ()})
+
+
+def _warn_of_readers(
+    result: ExportResult, store: FeatureStore, labels: Rows, *, has_flip: bool
+) -> None:
+    """Say what the published readers of a layout would stumble over."""
+    n_unlabelled = int((labels == NO_LABEL).sum())
+    if n_unlabelled and result.to == "npy":
+        log.warning(
+            "%d samples have no label, and none in dataset.json: REPA's reader raises KeyError "
+            "there; export a split that is labelled, or join labels (`dataset.labels`)",
+            n_unlabelled,
+        )
+    if result.to != "safetensors":
+        return
+    if n_unlabelled:
+        log.warning("%d samples have no label, and -1 in `labels`", n_unlabelled)
+    if not has_flip:
+        log.warning(
+            "no view hflip, so no `latents_flip`: LightningDiT's reader takes that for every other "
+            "item; extract with `images.views: [id, hflip]`"
+        )
+    flat = [tap for tap in result.taps if len(store.array(tap).shape) != 3]
+    if flat:
+        log.warning("%s: not [c, h, w], which LightningDiT's reader expects", ", ".join(flat))
+
+
 Write = Callable[[Path, Part], None]
 
 
@@ -160,6 +220,8 @@ def _writes(
 
         def tree(path: Path, part: Part) -> None:
             write_npy(out, part, result.names)
+            if result.images:
+                write_images(out, part, result.names)
             with whole(path) as temporary:
                 temporary.touch()
 
@@ -202,6 +264,7 @@ def _part(
         labels=batch.label.numpy(),
         cells=_by_cell(dataset, batch.features),
         flipped={} if flipped is None else _by_cell(flipped, flipped.read(places).features),
+        pixels=batch.pixels,
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from rich.table import Table
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from drl_data.errors import SpecError, redacted
@@ -62,6 +63,8 @@ class ProbeCell(Spec):
     learning_rate: float | None = None
     weight_decay: float | None = None
     """The pair of the spec that is best on validation, of several."""
+    high_frequency: float | None = None
+    """Of a sweep: the mean High-Frequency Ratio of the train split's maps (frequency.py)."""
 
     @property
     def mean_validation(self) -> float:
@@ -108,6 +111,25 @@ class ProbeSource(Spec):
         return max(self.cells, key=ProbeCell.rank)
 
     @property
+    def frequency_correlation(self) -> float | None:
+        """Spearman's rank correlation of High-Frequency Ratio and validation accuracy over the
+        cells that have one; None of fewer than three, or where one of both is the same in all."""
+        return _frequency_correlation(self.cells)
+
+    @property
+    def frequency_correlation_of_taps(self) -> float | None:
+        """The mean of the same within each tap, where it says which timestep to take."""
+        taps = dict.fromkeys(cell.tap for cell in self.cells)
+        each = [_frequency_correlation([c for c in self.cells if c.tap == tap]) for tap in taps]
+        known = [rho for rho in each if rho is not None]
+        return statistics.fmean(known) if known else None
+
+    def by_frequency(self, tap: str) -> ProbeCell | None:
+        """The cell of a tap that A-SelecT takes: that of the greatest High-Frequency Ratio."""
+        known = [c for c in self.cells if c.tap == tap and c.high_frequency is not None]
+        return max(known, key=lambda cell: cell.high_frequency or 0.0, default=None)
+
+    @property
     def seed_interval(self) -> tuple[float, float]:
         """95 % interval of the best cell's mean test accuracy over seeds (Student's t),
         within 0..1."""
@@ -118,6 +140,15 @@ class ProbeSource(Spec):
     def sampling_interval(self) -> tuple[float, float]:
         """95 % interval that the size of the test split leaves open, at the mean (Wilson 1927)."""
         return wilson_interval(self.best.mean_test, self.n_test)
+
+
+def _frequency_correlation(cells: Sequence[ProbeCell]) -> float | None:
+    known = [cell for cell in cells if cell.high_frequency is not None]
+    ratios = [cell.high_frequency for cell in known]
+    accuracies = [cell.mean_validation for cell in known]
+    if len(known) < 3 or len(set(ratios)) < 2 or len(set(accuracies)) < 2:
+        return None
+    return float(spearmanr(ratios, accuracies).statistic)
 
 
 class ProbeResult(TaskResult):
@@ -188,13 +219,30 @@ def format_table(result: ProbeResult) -> Table:
 
 
 def format_ranking(result: ProbeResult, n: int = 30) -> Table:
-    """For the terminal: the cells of the first source, best by validation first."""
-    cells = sorted(result.sources[0].cells, key=ProbeCell.rank, reverse=True)
-    table = Table("rank", "tap", "timestep", "validation", "test", box=None)
+    """For the terminal: the cells of the first source, best by validation first.
+
+    Beside them the High-Frequency Ratio, with a star where it is the greatest of its tap: the
+    timestep that A-SelecT takes.
+    """
+    source = result.sources[0]
+    cells = sorted(source.cells, key=ProbeCell.rank, reverse=True)
+    table = Table("rank", "tap", "timestep", "validation", "test", "HFR", box=None)
     for place, cell in enumerate(cells[:n], 1):
         when = "" if cell.timestep is None else f"{cell.timestep:g}"
         shown = (f"{cell.mean_validation:.1%}", f"{cell.mean_test:.1%}")
-        table.add_row(str(place), cell.tap, when, *shown)
+        ratio = "" if cell.high_frequency is None else f"{cell.high_frequency:.3f}"
+        star = (
+            "*" if cell.high_frequency is not None and cell == source.by_frequency(cell.tap) else ""
+        )
+        table.add_row(str(place), cell.tap, when, *shown, ratio + star)
+    overall, within = source.frequency_correlation, source.frequency_correlation_of_taps
+    if overall is not None:
+        inside = "" if within is None else f", {within:+.2f} on average within a tap"
+        table.caption = (
+            "HFR: share of high frequencies, * the greatest of a tap (A-SelecT); its rank "
+            f"correlation with validation accuracy is {overall:+.2f} over all cells{inside}"
+        )
+        table.caption_justify = "left"
     return table
 
 

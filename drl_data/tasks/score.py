@@ -92,7 +92,9 @@ def _of_store(pipeline: Pipeline, spec: ScoreSpec, progress: Progress) -> ScoreR
     started = time.perf_counter()
     store = finished_store(pipeline, "score")
     array = _loss_array(store, spec)
-    classes = classes_of(store.spec.condition.candidates, spec.labels, store.index.label_names)
+    classes = classes_of(
+        store.computed_spec.condition.candidates, spec.labels, store.index.label_names
+    )
     n_times, n_members = len(store.times), array.shape[1]
     weights = _weights_of_store(pipeline, spec, store, array)
     splits = _splits(store, spec)
@@ -116,7 +118,7 @@ def _of_store(pipeline: Pipeline, spec: ScoreSpec, progress: Progress) -> ScoreR
             source="store",
             url=redacted(store.url),
             fingerprint=store.fingerprint,
-            candidates=tuple(map(str, store.spec.condition.candidates)),
+            candidates=tuple(map(str, store.computed_spec.condition.candidates)),
             times=store.times,
             dataset=store.spec.dataset,
             order=stage.places,
@@ -186,14 +188,16 @@ def _schedule(pipeline: Pipeline) -> Schedule:
     if pipeline.backbone is None:
         raise SpecError("score.weights: a rule needs the model's schedule; name the backbone")
     model = find_model(pipeline.backbone, structure_only=True)
-    return load_backbone(model, "meta").schedule_for(pipeline.images)
+    return load_backbone(model, "meta").schedule_for(pipeline.image_spec)
 
 
 def _learned(
     spec: ScoreSpec, learn: LearnedWeights, store: FeatureStore, array: ArraySpec
 ) -> Floats:
     data = FeatureDataset(store, [array.name], split=learn.split, view=spec.view, labelled=True)
-    classes = classes_of(store.spec.condition.candidates, spec.labels, store.index.label_names)
+    classes = classes_of(
+        store.computed_spec.condition.candidates, spec.labels, store.index.label_names
+    )
     known = np.flatnonzero(classes.of(data.selection.labels) >= 0)
     if not len(known):
         raise SpecError(

@@ -246,7 +246,7 @@ def _train(
     device: str,
     progress: Progress,
 ) -> Trained:
-    size, k = store.spec.images.size, pixels.n_classes
+    size, k = store.image_spec.size, pixels.n_classes
     trained = Trained({}, None, [])
     features = pixels.features(cells, size, spec, device)
     sources: dict[str, PixelFeatures] = {FEATURES: features}

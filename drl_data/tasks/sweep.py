@@ -19,6 +19,9 @@ from drl_data.index import SampleIndex, build_index
 from drl_data.pipeline import Pipeline, StoreSpec
 from drl_data.progress import SILENT, Progress
 from drl_data.runs import extract
+from drl_data.selection import select
+from drl_data.store import FeatureStore
+from drl_data.tasks.frequency import mean_ratio
 from drl_data.tasks.probe import ProbeResult, run_probe
 
 
@@ -28,6 +31,7 @@ def run_sweep(
     """Extract about `n` labelled images of the probe's two splits into `<results>/sweep-N.zarr`,
     and probe every (tap, timestep) on them.
 
+    Beside the accuracies, cells have the High-Frequency Ratio by which A-SelecT chooses.
     Writes `<results>/sweep-N/probe.json`. Which images is a function of their keys alone, so that
     a greater `n` adds to them. The pipeline's own store is neither read nor written.
 
@@ -54,7 +58,27 @@ def run_sweep(
         unit, message = summary.failed[0]
         n_failed = len(summary.failed)
         raise ExecutionError(f"sweep: {n_failed} units failed, the first is {unit.id}: {message}")
-    return run_probe(own, device=device, progress=progress)
+    result = with_frequencies(run_probe(own, device=device, progress=progress), summary.store)
+    result.save(Path(own.results) / "probe.json")
+    return result
+
+
+def with_frequencies(result: ProbeResult, store: FeatureStore) -> ProbeResult:
+    """The result with the High-Frequency Ratio of each cell of its first source, `store`, over the
+    valid rows of the train split: a number that needs no labels (A-SelecT)."""
+    rows = select(store, split=result.spec.train).rows
+    first, *rest = result.sources
+    cells = tuple(
+        cell.model_copy(
+            update={
+                "high_frequency": None
+                if cell.timestep is None
+                else mean_ratio(store, cell.tap, store.time_index(cell.timestep), rows)
+            }
+        )
+        for cell in first.cells
+    )
+    return result.model_copy(update={"sources": (first.model_copy(update={"cells": cells}), *rest)})
 
 
 def some_samples(index: SampleIndex, splits: tuple[str, str], n: int) -> SampleIndex:

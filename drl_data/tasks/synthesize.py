@@ -168,9 +168,9 @@ def prepare_synthesis(pipeline: Pipeline) -> Prepared:
     plan = make_plan(spec, call, index)
     sources = None
     if spec.source is not None and index is not None:
-        if pipeline.images.n_views or pipeline.images.frames > 1:
+        if pipeline.image_spec.n_views or pipeline.image_spec.frames > 1:
             raise SpecError("synthesize.source: want images without views and frames")
-        sources = Sources(index, pipeline.images)
+        sources = Sources(index, pipeline.image_spec)
     weights = folder.whole_digest()
     what = Synthesis(spec, backbone, call, model_name(backbone), weights, pipeline.run, sources)
     return Prepared(plan, what, _job(what, plan))
