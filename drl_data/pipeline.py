@@ -34,6 +34,7 @@ from drl_data.diffusion_spec import (
     NoiseSpec,
     ScheduleSpec,
 )
+from drl_data.distill_spec import DistillSpec
 from drl_data.errors import SpecError
 from drl_data.job_specs import ClusterSpec, ProbeSpec, RetrieveSpec
 from drl_data.spec import (
@@ -46,7 +47,6 @@ from drl_data.spec import (
 )
 from drl_data.spec_base import (
     Spec,
-    Timestep,
     as_tuple,
 )
 
@@ -105,33 +105,6 @@ class StatsSpec(Spec):
         if self.covariance and self.over != "space":
             raise ValueError("covariance is of channels: want over: space")
         return self
-
-
-class StudentSpec(Spec):
-    """A student from `transformers`, built from its configuration (no weights are downloaded)."""
-
-    model_type: str = "resnet"
-    config: dict[str, JsonValue] = {}
-
-
-class DistillSpec(Spec):
-    """A student learns the stored features of the same images, then a linear head on few labels.
-
-    Compared with the same student trained from scratch on those labels.
-    """
-
-    tap: str
-    timestep: Timestep
-    train: str = "train"
-    test: str = "test"
-    student: StudentSpec = StudentSpec()
-    epochs: Annotated[int, Field(ge=1)] = 30
-    finetune_epochs: Annotated[int, Field(ge=1)] = 40
-    batch_size: Annotated[int, Field(ge=1)] = 128
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-4
-    labels_per_class: tuple[int, ...] = (1, 5, 20)
-    seeds: tuple[int, ...] = (0, 1, 2)
 
 
 class PretrainSpec(Spec):

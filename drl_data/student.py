@@ -1,4 +1,4 @@
-"""The student: any image model of `transformers`, built from its configuration, with small heads.
+"""The student: any image model of `transformers` by its configuration, and a classifier on it.
 
 Shapes: b batch, c channel, h height, w width, k class.
 """
@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from pydantic import JsonValue
 from torch import Tensor, nn
 
+from drl_data.distill_spec import StudentSpec
 from drl_data.errors import SpecError
-from drl_data.pipeline import StudentSpec
-from drl_data.spec import ArraySpec, ImageSpec
+from drl_data.spec import ImageSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,34 +93,6 @@ class Student(nn.Module):
                 logging.enable_progress_bar()
 
 
-class TeacherHead(nn.Module):
-    """Student features to whitened teacher features: one linear map per place, then resized."""
-
-    def __init__(self, n_channels: int, array: ArraySpec, seed: int) -> None:
-        """Raises `SpecError` for tokens that are no square grid."""
-        super().__init__()
-        self._grid = _grid(array)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.linear = nn.Conv2d(n_channels, array.shape[array.channel_axis], 1)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """[b, c, h, w] to the teacher's [b, c, h, w]; h = w = 1 for a vector."""
-        if self._grid == (1, 1):
-            features = features.mean((2, 3), keepdim=True)
-        x: Tensor = self.linear(features)
-        if x.shape[2:] != self._grid:
-            x = F.interpolate(x, self._grid, mode="bilinear")
-        return x
-
-    def target(self, features: Tensor) -> Tensor:
-        """Stored features [b, *shape] as [b, c, h, w], float32."""
-        x = features.float()
-        if x.ndim == 3:  # [b, token, c]
-            x = x.transpose(1, 2)
-        return x.reshape(x.shape[0], x.shape[1], *self._grid)
-
-
 class Classifier(nn.Module):
     """A student and a linear head on the mean of its map."""
 
@@ -135,27 +107,6 @@ class Classifier(nn.Module):
         """[b, c, h, w] to logits [b, k]."""
         logits: Tensor = self.head(self.student(pixels).mean((2, 3)))
         return logits
-
-
-def _grid(array: ArraySpec) -> tuple[int, int]:
-    """Height and width of the teacher's map."""
-    if array.dims == ("channel", "height", "width"):
-        return array.shape[1], array.shape[2]
-    if array.dims == ("channel",):
-        return 1, 1
-    if "frame" in array.dims:
-        raise SpecError(
-            f"distill.tap {array.name!r} has frames; average them with `reduce: [frame_mean]` in "
-            "the pipeline's taps"
-        )
-    n_tokens = array.shape[0]
-    side = math.isqrt(n_tokens)
-    if side * side != n_tokens:
-        raise SpecError(
-            f"distill.tap {array.name!r}: {n_tokens} tokens are no square grid; pool them with "
-            "`reduce` in the pipeline's taps"
-        )
-    return side, side
 
 
 def _build(spec: StudentSpec, images: ImageSpec, enlarge: int, seed: int) -> PreTrainedModel:

@@ -12,26 +12,22 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from drl_data import teachers as teachers_module
+from drl_data.distill_spec import DistillSpec, StudentSpec
+from drl_data.distillation import TeacherHead, Whitening
 from drl_data.errors import InputError, SpecError, TapError, UserError
 from drl_data.images import read_batches
 from drl_data.index import SampleIndex
-from drl_data.pipeline import DistillSpec, Pipeline, StudentSpec
+from drl_data.pipeline import Pipeline
 from drl_data.plan import Unit
+from drl_data.progress import SILENT
 from drl_data.shards import Array
 from drl_data.spec import ImageSpec
 from drl_data.store import FeatureStore
-from drl_data.student import Student, TeacherHead
-from drl_data.tasks import distill
-from drl_data.tasks.distill import (
-    DistillResult,
-    FewLabels,
-    FewLabelTask,
-    Pairs,
-    Teacher,
-    format_table,
-    random_shift,
-    run_distill,
-)
+from drl_data.student import Student
+from drl_data.tasks.distill import DistillResult, format_table, run_distill
+from drl_data.tasks.few_labels import FewLabels, FewLabelTask, compare, random_shift
+from drl_data.teachers import Teachers
 from drl_data.threads import one_thread
 from tests.stores import make_array
 from tests.task_stores import digits_index, noise, pipeline_of, store_of
@@ -145,10 +141,11 @@ def test_features_and_pixels_are_joined_by_row(
 def test_equal_starts_end_equal(index: SampleIndex, tmp_path: Path) -> None:
     """An untrained student of the same seed as scratch is the same arm: all else is shared."""
     store = store_with(tmp_path / "store", index, noise(index.n_samples, 4, 2, 2))
-    teacher = Teacher(store, QUICK.model_copy(update={"seeds": (5,)}))
-    few = FewLabelTask.of(teacher)
+    spec = QUICK.model_copy(update={"seeds": (5,)})
+    teachers = Teachers(store, spec, tmp_path / "statistics")
+    few = FewLabelTask.of(teachers)
     student = Student(QUICK.student, IMAGES, 5)
-    for one in distill._compare(student, teacher, few, "cpu", distill.SILENT):
+    for one in compare(student, teachers, few, "cpu", SILENT):
         assert one.distilled == one.scratch
         assert one.distilled_train == one.scratch_train
 
@@ -175,7 +172,7 @@ def test_the_draw_is_balanced_nested_and_repeatable(
     done: tuple[FeatureStore, DistillResult, Path], index: SampleIndex
 ) -> None:
     store, _, _ = done
-    few = FewLabelTask.of(Teacher(store, QUICK))
+    few = FewLabelTask.of(Teachers(store, QUICK, Path("unused")))
     labels = labels_of(index)
     splits = np.array(index.table["split"].to_pylist())
     for seed in range(3):
@@ -191,53 +188,80 @@ def test_the_draw_is_balanced_nested_and_repeatable(
 def test_streaming_gives_what_memory_holds(
     index: SampleIndex, pixels: Array, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = store_with(tmp_path / "s", index, quadrants(pixels))
-    teacher = Teacher(store, QUICK)
-    head = TeacherHead(16, store.array("map"), 0)
-    held = Pairs(teacher, head)
-    monkeypatch.setattr(distill, "CACHE_BYTES", 0)
-    read = Pairs(teacher, head)
-    assert torch.equal(held.mean, read.mean)
-    assert torch.equal(held.scale, read.scale)
+    seen = quadrants(pixels)
+    teachers = Teachers(store_with(tmp_path / "s", index, seen), QUICK, tmp_path / "t")
 
-    def rows(pairs: Pairs, epoch: int) -> list[bytes]:
+    def rows(epoch: int, start: int = 0) -> list[bytes]:
         return [
             x.numpy().tobytes() + y.numpy().tobytes()
-            for xs, ys in pairs.batches(epoch)
-            for x, y in zip(xs, ys, strict=True)
+            for xs, targets in teachers.batches(epoch, start=start)
+            for x, y in zip(xs, targets["map@11"], strict=True)
         ]
 
-    n_whole = held.n_rows // QUICK.batch_size * QUICK.batch_size
+    held = rows(0)
+    assert teachers._held is not None
+    monkeypatch.setattr(teachers_module, "CACHE_BYTES", 0)
+    assert rows(0) == held
+    assert rows(0, start=2) == held[2 * QUICK.batch_size :]
+    assert rows(1) != held
     everything = {
-        x.tobytes() + y.numpy().tobytes()
-        for x, y in zip(
-            (pixels[:, None] * 255).round().astype(np.uint8),
-            held.whiten(torch.from_numpy(quadrants(pixels))),
-            strict=True,
-        )
+        x.tobytes() + y.tobytes()
+        for x, y in zip((pixels[:, None] * 255).round().astype(np.uint8), seen, strict=True)
     }
-    for pairs in (held, read):
-        found = rows(pairs, 0)
-        assert len(found) == n_whole
-        assert set(found) <= everything
-        assert found != rows(pairs, 1)
-        assert found == rows(pairs, 0)
+    assert len(held) == teachers.n_rows // QUICK.batch_size * QUICK.batch_size
+    assert len(held) == teachers.n_batches * QUICK.batch_size
+    assert set(held) <= everything
 
 
-def test_whitened_features_have_mean_0_and_variance_1(
+@pytest.mark.parametrize("cache", [True, False])
+def test_ranks_share_the_batches_of_one_process(
+    index: SampleIndex, pixels: Array, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: bool
+) -> None:
+    if not cache:
+        monkeypatch.setattr(teachers_module, "CACHE_BYTES", 0)
+    store = store_with(tmp_path / "s", index, quadrants(pixels))
+    teachers = Teachers(store, QUICK, tmp_path / "t")
+    for epoch in range(2):
+        whole = list(teachers.batches(epoch))
+        parts = [list(teachers.batches(epoch, rank=r, world_size=4)) for r in range(4)]
+        for step, (x, y) in enumerate(whole):
+            xs = [part[step][0] for part in parts]
+            assert {len(own) for own in xs} == {QUICK.batch_size // 4}
+            ys = [part[step][1]["map@11"] for part in parts]
+            want = torch.cat([x.flatten(1), y["map@11"].flatten(1)], 1).tolist()
+            got = torch.cat([torch.cat(xs).flatten(1), torch.cat(ys).flatten(1)], 1).tolist()
+            assert sorted(got) == sorted(want)
+    with pytest.raises(SpecError, match="batches of 64 rows over 3 ranks: want multiples"):
+        next(teachers.batches(0, rank=0, world_size=3))
+
+
+def test_statistics_are_those_of_numpy_and_are_kept(
     index: SampleIndex, pixels: Array, tmp_path: Path
 ) -> None:
     features = quadrants(pixels) * 1000 + 5000
     features[:, 1] = 7.0  # does not vary
-    teacher = Teacher(
-        store_with(tmp_path / "s", index, features), QUICK.model_copy(update={"batch_size": 7})
-    )
-    pairs = Pairs(teacher, TeacherHead(16, teacher.store.array("map"), 0))
+    store = store_with(tmp_path / "s", index, features)
+    spec = QUICK.model_copy(update={"batch_size": 7})
+    file = tmp_path / "results" / "statistics.safetensors"
+    found = Teachers(store, spec, file).statistics
     train = np.array(index.table["split"].to_pylist()) == "train"
-    white = pairs.whiten(torch.from_numpy(features[train]))
+    of_channel = features[train].astype(np.float64).transpose(1, 0, 2, 3).reshape(2, -1)
+    assert found.mean["map@11"].numpy() == pytest.approx(of_channel.mean(1), rel=1e-12)
+    assert found.variance["map@11"].numpy() == pytest.approx(of_channel.var(1, ddof=1), rel=1e-9)
+    white = Whitening(found.mean["map@11"], found.variance["map@11"])(
+        torch.from_numpy(features[train])
+    )
     assert white[:, 0].mean().abs() < 1e-4
     assert white[:, 0].std() == pytest.approx(1, abs=1e-3)
     assert torch.equal(white[:, 1], torch.zeros_like(white[:, 1]))
+
+    written = file.stat().st_mtime_ns
+    again = Teachers(store, spec, file)
+    assert torch.equal(again.statistics.mean["map@11"], found.mean["map@11"])
+    assert again._held is None  # nothing was read
+    assert file.stat().st_mtime_ns == written
+    other = Teachers(store, spec.model_copy(update={"timestep": 10}), file).statistics
+    assert "map@10" in other.mean
 
 
 def test_the_saved_student_is_the_one_that_was_trained(
