@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field, JsonValue
 
 from drl_data.spec_base import Spec, Timestep
+from drl_data.train_spec import OptimizerSpec, TrainRunSpec
 
 
 class StudentSpec(Spec):
@@ -33,5 +34,7 @@ class DistillSpec(Spec):
     """Images of a step, of all ranks together."""
     learning_rate: float = 1e-3
     weight_decay: float = 1e-4
+    optimizer: OptimizerSpec = OptimizerSpec()
+    run: TrainRunSpec = TrainRunSpec()
     labels_per_class: tuple[int, ...] = (1, 5, 20)
     seeds: tuple[int, ...] = (0, 1, 2)

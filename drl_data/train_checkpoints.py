@@ -31,7 +31,7 @@ from torch import Tensor
 from drl_data.errors import InputError, SpecError
 from drl_data.folders import local_errors
 from drl_data.objects import LocalFolder
-from drl_data.spec_base import Spec
+from drl_data.spec_base import Spec, canonical_json
 
 STATE = "state.json"
 TENSORS = ("model", "optimizer", "average", "curve")
@@ -116,9 +116,13 @@ class Checkpoints:
         folder = self.newest()
         if folder is None:
             return None
-        state = _read_state(folder)
-        self._require_same(state, identity)
+        state = self._state(folder, identity)
         return Checkpoint(state, {kind: _read(folder, kind) for kind in TENSORS})
+
+    def state(self, identity: Mapping[str, JsonValue]) -> TrainState | None:
+        """What `load` would find, without its tensors; raises the same."""
+        folder = self.newest()
+        return None if folder is None else self._state(folder, identity)
 
     def begin(self) -> None:
         """Remove what runs that were killed left half-written."""
@@ -140,19 +144,27 @@ class Checkpoints:
         found = [path.parent for path in self.root.glob(f"**/step-*/{STATE}")]
         return sorted(found, key=lambda folder: (folder.name, str(folder)))
 
-    def _require_same(self, state: TrainState, wanted: Mapping[str, JsonValue]) -> None:
+    def _state(self, folder: Path, wanted: Mapping[str, JsonValue]) -> TrainState:
+        state = _read_state(folder)
         lines = [
             f"  {key}: {_shown(there)} there, {_shown(here)} wanted"
-            for key, there, here in _differences("", state.identity, wanted)
+            for key, there, here in _differences("", state.identity, _as_json(wanted))
         ]
         if lines:
             raise SpecError(
                 f"{self.root} holds {state.step} steps of another training; choose another "
                 "`results`, or delete that folder to begin anew:\n" + "\n".join(lines)
             )
+        return state
 
 
 _ABSENT = object()
+
+
+def _as_json(identity: Mapping[str, JsonValue]) -> JsonValue:
+    """As it comes back from a file: tuples are lists."""
+    found: JsonValue = json.loads(canonical_json(dict(identity)))
+    return found
 
 
 def _differences(place: str, there: object, wanted: object) -> list[tuple[str, object, object]]:

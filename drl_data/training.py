@@ -14,7 +14,6 @@ Shapes: b batch.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -30,7 +29,6 @@ from torch.nn.parallel import DistributedDataParallel
 from drl_data.errors import ExecutionError, SpecError, StoppedError
 from drl_data.progress import SILENT, Progress
 from drl_data.ranks import Ranks
-from drl_data.spec_base import canonical_json
 from drl_data.stopping import Stop
 from drl_data.train_checkpoints import Checkpoint, Checkpoints, TrainState
 from drl_data.train_spec import OptimizerSpec
@@ -153,7 +151,7 @@ class _Training:
         self._saved_step = -1
         self._module, self._data, self._settings, self._venue = module, data, settings, venue
         self._ranks = venue.ranks
-        self._identity = json.loads(canonical_json(dict(identity)))
+        self._identity = dict(identity)
         self._n_steps = settings.epochs * data.n_batches
         self._wrapped = self._ranks.wrapped(module, divided=settings.micro_batch is not None)
         self._trained = (
@@ -300,6 +298,8 @@ class _Training:
 
     def save(self) -> None:
         """Write a checkpoint on the first rank, and tell the venue on all of them."""
+        if self._saved_step == self.step:
+            return
         self._collect()
         folder = None
         if self._ranks.leads:
@@ -364,8 +364,7 @@ class _Training:
 
     def finish(self) -> None:
         """The last checkpoint; the module gets the weights that count."""
-        if self._saved_step != self.step:
-            self.save()
+        self.save()
         if self._trained is not self._module:
             self._module.load_state_dict(self._trained.state_dict())
         put_average(self._module, self._average)
