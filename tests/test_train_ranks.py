@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import signal
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from drl_data.distill_spec import DistillSpec, StudentSpec
 from drl_data.distillation import Distillation
@@ -19,16 +21,16 @@ from drl_data.index import SampleIndex
 from drl_data.pipeline import Pipeline
 from drl_data.progress import SILENT
 from drl_data.ranks import Ranks
+from drl_data.ray_train import train_on_ray
 from drl_data.shards import Array
 from drl_data.stopping import Stop
 from drl_data.store import FeatureStore
-from drl_data.tasks.stage_one import learn_features, training_folder
+from drl_data.tasks.stage_one import learn_features, train_here, training_folder
 from drl_data.teachers import Teachers
 from drl_data.train_spec import TrainRunSpec
-from drl_data.training import Curve
+from drl_data.training import Curve, Venue
 from tests.task_stores import digits_index, pipeline_of, store_of
 from tests.test_distill import quadrants
-from tests.test_executors import wait_until
 
 pytestmark = pytest.mark.ray
 
@@ -134,39 +136,53 @@ def test_two_workers_of_ray_have_the_curve_of_one_process(
     assert checkpoints(local) == ["step-0000000044", "step-0000000048"]
 
 
-def workers_of_ray() -> list[int]:
-    """Process ids of Ray Train's workers of this session's Ray."""
-    import ray
+class Deadly(Teachers):
+    """Logs where each epoch is taken up, and kills the process once, after some batches of one."""
 
-    (raylet,) = ray._private.worker._global_node.all_processes["raylet"]
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            title = (folder / "cmdline").read_bytes()
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-        if parent == raylet.process.pid and title.startswith(b"ray::") and b"TrainWorker" in title:
-            found.append(int(folder.name))
-    return sorted(found)
+    log: Path
+    kills: tuple[int, int, int]
+    """Rank, epoch, batch."""
+
+    def batches(
+        self, epoch: int, *, rank: int = 0, world_size: int = 1, start: int = 0
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        with self.log.open("a") as file:
+            file.write(f"{rank} of {world_size}: epoch {epoch} from {start}\n")
+        given = super().batches(epoch, rank=rank, world_size=world_size, start=start)
+        for i, batch in enumerate(given, start):
+            if (rank, epoch, i) == self.kills and not self.log.with_name("killed").exists():
+                self.log.with_name("killed").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield batch
 
 
+def learn_and_die(given: Pipeline, log: Path, kills: tuple[int, int, int], venue: Venue) -> None:
+    """What a worker does whose machine takes it away."""
+    assert given.distill is not None
+    teachers = Deadly.of(given, given.distill)
+    teachers.log, teachers.kills = log, kills  # type: ignore[attr-defined]
+    train_here(teachers, venue)
+
+
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.soak)])
 def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(
     local_ray: None,
     store: FeatureStore,
     alone: tuple[Distillation, Curve],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    rank: int,
 ) -> None:
-    """SIGKILL in the middle of an epoch."""
+    """SIGKILL in the middle of an epoch, at step 14 of 48; the last checkpoint is that of 12."""
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
-    given = pipeline(store, tmp_path, RAY)
-    with ThreadPoolExecutor(1) as behind:
-        run = behind.submit(learn, given)
-        wait_until(lambda: "step-0000000012" in checkpoints(given))
-        first = workers_of_ray()
-        assert len(first) == 2
-        os.kill(first[1], signal.SIGKILL)
-        found = run.result(120)
-    assert_same_training(found, alone)
-    assert checkpoints(given)[-1] == "step-0000000048"
+    given, log = pipeline(store, tmp_path, RAY), tmp_path / "log"
+    work = partial(learn_and_die, given, log, (rank, 1, 6))
+    train_on_ray(work, training_folder(given), RAY)
+    assert (tmp_path / "killed").exists()
+    assert sorted(log.read_text().splitlines()) == sorted(
+        f"{r} of 2: epoch {epoch} from {start}"
+        for r in range(2)
+        for epoch, start in [(0, 0), (1, 0), (1, 4), (2, 0), (3, 0), (4, 0), (5, 0)]
+    )
+    assert_same_training(learn(given), alone)
+    assert checkpoints(given) == ["step-0000000044", "step-0000000048"]
