@@ -1,125 +1,183 @@
-"""What stage 1 trains: a student, a head for each target, and the losses between them.
+"""What stage 1 trains: a student, a regressor, the policy, and the losses between them.
 
-Shapes: b batch, c channel, h height, w width.
+Shapes: b batch, t timestep, k teacher, c channel, h height, w width.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from drl_data.distill_losses import weighted
 from drl_data.distill_spec import DistillSpec
 from drl_data.errors import SpecError
-from drl_data.spec import ArraySpec
+from drl_data.regressors import Whitening, as_map, build_regressor
 from drl_data.student import Student
-from drl_data.teachers import Teachers
+from drl_data.teachers import (
+    LABEL,
+    POLICY_DRAW,
+    TEACHER_DRAW,
+    Target,
+    Teachers,
+    time_key,
+)
+from drl_data.time_policy import Drawn, TaskHead, TimePolicy, policy_losses
 
 LOSS = "loss"
-"""Name of the weighted sum of all losses."""
+"""Name of the sum of all losses."""
+FEATURES = "features"
+"""Name of the weighted mean of the targets' losses."""
 
 
 class Distillation(nn.Module):
     """Pixels and targets to losses. Its parameters are all that stage 1 trains."""
 
+    weight: Tensor
+    """[target, k]: weights of the targets, each in its teacher's column; they add to 1."""
+
     def __init__(self, spec: DistillSpec, teachers: Teachers) -> None:
         """Random weights, decided by the first of `spec.seeds`.
 
         Raises:
-            SpecError: a student that cannot be built, or a target that is no map.
+            SpecError: a student that cannot be built or has no such stage, a target that is no map,
+                a policy without labels to learn from.
         """
         super().__init__()
-        seed = spec.seeds[0]
+        seed, targets = spec.seeds[0], teachers.targets
+        self.spec, self._targets = spec, targets
         self.student = Student(spec.student, teachers.images, seed)
-        self.names = tuple(target.name for target in teachers.targets)
+        stages = [self._stage(target) for target in targets]
+        self.student.keep_used(set(stages), teachers.images)
+        arrays = [target.array for target in targets]
+        channels = self.student.channels
+        self.regressor = build_regressor(spec.regressor, channels, stages, arrays, seed)
         statistics = teachers.statistics
-        self.heads = nn.ModuleList(
-            TeacherHead(self.student.n_channels, target.array, seed) for target in teachers.targets
-        )
         self.whiten = nn.ModuleList(
-            Whitening(statistics.mean[name], statistics.variance[name]) for name in self.names
+            Whitening(statistics.mean[t.name], statistics.variance[t.name], t.spec.whiten)
+            for t in targets
         )
+        self.teachers = list(dict.fromkeys(target.spec.teacher for target in targets))
+        weight = torch.zeros(len(targets), len(self.teachers))
+        for number, target in enumerate(targets):
+            weight[number, self.teachers.index(target.spec.teacher)] = target.spec.weight
+        self.register_buffer("weight", weight / weight.sum(), persistent=False)
+        self.chosen = [t for t in targets if t.spec.choose == "policy"]
+        self.policy, self.task = self._policy(teachers, seed)
 
-    def forward(self, pixels: Tensor, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """uint8 [b, c, h, w] and stored features [b, *shape] by target to mean losses by target,
-        and their weighted sum as "loss"."""
-        features = self.student(pixels)
-        losses: dict[str, Tensor] = {}
-        for name, head, whiten in zip(self.names, self.heads, self.whiten, strict=True):
-            assert isinstance(head, TeacherHead)
-            losses[name] = F.mse_loss(head(features), whiten(head.target(targets[name])))
-        return {**losses, LOSS: torch.stack(list(losses.values())).sum()}
+    def _stage(self, target: Target) -> str:
+        stage = target.spec.stage or self.student.last
+        if stage not in self.student.channels:
+            raise SpecError(
+                f"distill.targets: {target.spec.tap!r} has stage {stage!r}; the student's are "
+                f"{', '.join(self.student.channels)}"
+            )
+        return stage
 
-
-class Whitening(nn.Module):
-    """Teacher's maps with mean 0 and variance 1 in each channel over the train split.
-
-    A channel that does not vary becomes 0, and so asks nothing of the student.
-    """
-
-    mean: Tensor
-    scale: Tensor
-
-    def __init__(self, mean: Tensor, variance: Tensor) -> None:
-        """Of float64 [c]."""
-        super().__init__()
-        std = variance.sqrt()
-        scale = torch.where(std > 1e-6 * mean.abs() + 1e-12, 1 / std, 0.0)
-        self.register_buffer("mean", mean.float()[:, None, None])
-        self.register_buffer("scale", scale.float()[:, None, None])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[b, c, h, w] to the same shape."""
-        return (x - self.mean) * self.scale
-
-
-class TeacherHead(nn.Module):
-    """Student features to whitened teacher features: one linear map per place, then resized."""
-
-    def __init__(self, n_channels: int, array: ArraySpec, seed: int) -> None:
-        """Raises `SpecError` for tokens that are no square grid."""
-        super().__init__()
-        self._grid = _grid(array)
+    def _policy(self, teachers: Teachers, seed: int) -> tuple[TimePolicy | None, TaskHead | None]:
+        if not self.chosen:
+            return None, None
+        if self.spec.asks_labels and len(teachers.classes) < 2:
+            raise SpecError(
+                f"distill.policy.reward: task, but {self.spec.train!r} has labels of "
+                f"{len(teachers.classes)} classes; want reward: distill"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.linear = nn.Conv2d(n_channels, array.shape[array.channel_axis], 1)
+            policy = TimePolicy(teachers.images.n_channels, len(self.chosen[0].timesteps))
+            if not self.spec.asks_labels:
+                return policy, None
+            width = sum(t.array.shape[t.array.channel_axis] for t in self.chosen)
+            return policy, TaskHead(width, len(teachers.classes))
 
-    def forward(self, features: Tensor) -> Tensor:
-        """[b, c, h, w] to the teacher's [b, c, h, w]; h = w = 1 for a vector."""
-        if self._grid == (1, 1):
-            features = features.mean((2, 3), keepdim=True)
-        x: Tensor = self.linear(features)
-        if x.shape[2:] != self._grid:
-            x = F.interpolate(x, self._grid, mode="bilinear")
-        return x
+    def forward(self, pixels: Tensor, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """uint8 [b, c, h, w] and what `Teachers.batches` gives, to mean losses by target.
 
-    def target(self, features: Tensor) -> Tensor:
-        """Stored features [b, *shape] as [b, c, h, w], float32."""
-        x = features.float()
-        if x.ndim == 3:  # [b, token, c]
-            x = x.transpose(1, 2)
-        return x.reshape(x.shape[0], x.shape[1], *self._grid)
-
-
-def _grid(array: ArraySpec) -> tuple[int, int]:
-    """Height and width of the teacher's map."""
-    if array.dims == ("channel", "height", "width"):
-        return array.shape[1], array.shape[2]
-    if array.dims == ("channel",):
-        return 1, 1
-    if "frame" in array.dims:
-        raise SpecError(
-            f"distill.tap {array.name!r} has frames; average them with `reduce: [frame_mean]` in "
-            "the pipeline's taps"
+        "features" is their weighted mean (with `drop_teachers`, over the teachers that each image
+        keeps), "loss" the sum of it and of the policy's losses.
+        """
+        predicted = self.regressor(self.student(pixels))
+        drawn = None
+        if self.policy is not None:
+            drawn = self.policy.draw(self.student.normalised(pixels), targets[POLICY_DRAW])
+        wanted = self.whitened(targets, None if drawn is None else drawn.position)
+        each = torch.stack(
+            [
+                weighted(target.spec.loss, mine, wanted[target.name])
+                for target, mine in zip(self._targets, predicted, strict=True)
+            ],
+            1,
         )
-    n_tokens = array.shape[0]
-    side = math.isqrt(n_tokens)
-    if side * side != n_tokens:
-        raise SpecError(
-            f"distill.tap {array.name!r}: {n_tokens} tokens are no square grid; pool them with "
-            "`reduce` in the pipeline's taps"
+        losses = {t.name: each[:, i].mean() for i, t in enumerate(self._targets)}
+        losses[FEATURES] = self._balanced(each, targets).mean()
+        total = losses[FEATURES]
+        if drawn is not None:
+            for name, loss in self._of_policy(drawn, each, wanted, targets).items():
+                losses[name] = loss
+                total = total + loss
+        return {**losses, LOSS: total}
+
+    def whitened(
+        self, targets: Mapping[str, Tensor], position: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """What is regressed: float32 [b, c, h, w] by target; `position` [b] is the policy's."""
+        found = {}
+        for target, whiten in zip(self._targets, self.whiten, strict=True):
+            x, time = targets[target.name], targets.get(time_key(target.name))
+            if target.spec.choose == "policy":
+                assert position is not None
+                time = position
+                x = x[torch.arange(len(x), device=x.device), time]
+            found[target.name] = whiten(as_map(x, target.array), time)
+        return found
+
+    def _balanced(self, each: Tensor, targets: Mapping[str, Tensor]) -> Tensor:
+        """[b, target] to the weighted mean of each image, [b]."""
+        of_teacher = each @ self.weight  # [b, k], each times the teacher's weight
+        if not self.spec.drop_teachers:
+            return of_teacher.sum(1)
+        weight = self.weight.sum(0)
+        kept = keep_teachers(
+            of_teacher.detach() / weight, targets[TEACHER_DRAW], self.spec.drop_teachers
         )
-    return side, side
+        return (of_teacher * kept).sum(1) / (weight * kept).sum(1)
+
+    def _of_policy(
+        self,
+        drawn: Drawn,
+        each: Tensor,
+        wanted: Mapping[str, Tensor],
+        targets: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        if self.task is None:
+            chosen = [i for i, t in enumerate(self._targets) if t.spec.choose == "policy"]
+            weight = self.weight[chosen].sum(1)
+            return policy_losses(drawn, each[:, chosen] @ weight / weight.sum(), self.spec.policy)
+        pooled = torch.cat([wanted[t.name].mean((2, 3)) for t in self.chosen], 1)
+        loss = self.task(pooled, targets[LABEL])
+        return {**policy_losses(drawn, loss, self.spec.policy), "task": loss.mean()}
+
+    @torch.no_grad()
+    def chances(self, pixels: Tensor) -> Tensor:
+        """The policy's chances of the timesteps for images uint8 [b, c, h, w]: [b, t]."""
+        assert self.policy is not None
+        chances: Tensor = self.policy(self.student.normalised(pixels)).exp()
+        return chances
+
+
+def keep_teachers(losses: Tensor, draws: Tensor, chance: float) -> Tensor:
+    """1 for teachers that an image keeps, else 0, [b, k], from losses [b, k] and numbers of [0, 1).
+
+    Teacher dropping of UNIC (Sariyildiz et al. 2024): the teacher of the largest loss stays, each
+    other one is left out by chance, so that none that is easy to match drowns the others.
+    """
+    kept = draws >= chance
+    kept = kept.scatter(1, losses.argmax(1, keepdim=True), True)
+    return kept.to(losses.dtype)
+
+
+def mean_chances(model: Distillation, batches: Iterable[Tensor]) -> list[float]:
+    """The policy's chances, averaged over images uint8 [b, c, h, w] in batches."""
+    found = torch.cat([model.chances(pixels) for pixels in batches])
+    return [float(chance) for chance in found.double().mean(0)]

@@ -242,6 +242,8 @@ class Pipeline(Spec):
             changes["probe"] = self.probe.model_copy(
                 update={"compare": {k: join(v) for k, v in self.probe.compare.items()}}
             )
+        if self.distill:
+            changes["distill"] = _distill_with_paths(self.distill, join)
         if self.pretrain:
             changes["pretrain"] = self.pretrain.model_copy(
                 update={"output": join(self.pretrain.output)}
@@ -266,6 +268,17 @@ def _with_paths(backbone: BackboneSpec, join: Callable[[str], str]) -> BackboneS
     if backbone.weights is not None:
         update["weights"] = join(backbone.weights)
     return backbone.model_copy(update=update)
+
+
+def _distill_with_paths(distill: DistillSpec, join: Callable[[str], str]) -> DistillSpec:
+    """The same section with `join` applied to its local paths."""
+    update: dict[str, object] = {
+        "teachers": {name: join(url) for name, url in distill.teachers.items()}
+    }
+    if distill.student.weights is not None:
+        weights = join(distill.student.weights)
+        update["student"] = distill.student.model_copy(update={"weights": weights})
+    return distill.model_copy(update=update)
 
 
 def _is_relative_folder(model: str) -> bool:

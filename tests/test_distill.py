@@ -13,20 +13,20 @@ from rich.console import Console
 from torch import Tensor
 
 from drl_data import teachers as teachers_module
-from drl_data.distill_spec import DistillSpec, StudentSpec
-from drl_data.distillation import TeacherHead, Whitening
+from drl_data.distill_spec import DistillSpec, RegressorSpec, StudentSpec
 from drl_data.errors import InputError, SpecError, TapError, UserError
 from drl_data.images import read_batches
 from drl_data.index import SampleIndex
 from drl_data.pipeline import Pipeline
 from drl_data.plan import Unit
 from drl_data.progress import SILENT
+from drl_data.regressors import Head, Whitening, as_map, build_regressor
 from drl_data.shards import Array
 from drl_data.spec import ImageSpec
 from drl_data.store import FeatureStore
 from drl_data.student import Student
 from drl_data.tasks.distill import DistillResult, format_table, run_distill
-from drl_data.tasks.few_labels import FewLabels, FewLabelTask, compare, random_shift
+from drl_data.tasks.few_labels import Budget, FewLabels, FewLabelTask, compare, random_shift
 from drl_data.teachers import Teachers
 from drl_data.threads import one_thread
 from tests.stores import make_array
@@ -179,12 +179,12 @@ def test_the_draw_is_balanced_nested_and_repeatable(
     splits = np.array(index.table["split"].to_pylist())
     for seed in range(3):
         for n in (1, 4, 9):
-            rows = few.draw(n, seed)
+            rows = few.draw(Budget(n), seed)
             assert np.bincount(labels[rows]).tolist() == [n] * 4
             assert set(splits[rows]) == {"train"}
-            assert set(rows) <= set(few.draw(n + 3, seed))
-            assert np.array_equal(rows, few.draw(n, seed))
-    assert set(few.draw(4, 0)) != set(few.draw(4, 1))
+            assert set(rows) <= set(few.draw(Budget(n + 3), seed))
+            assert np.array_equal(rows, few.draw(Budget(n), seed))
+    assert set(few.draw(Budget(4), 0)) != set(few.draw(Budget(4), 1))
 
 
 def test_streaming_gives_what_memory_holds(
@@ -248,8 +248,8 @@ def test_statistics_are_those_of_numpy_and_are_kept(
     found = Teachers(store, spec, file).statistics
     train = np.array(index.table["split"].to_pylist()) == "train"
     of_channel = features[train].astype(np.float64).transpose(1, 0, 2, 3).reshape(2, -1)
-    assert found.mean["map@11"].numpy() == pytest.approx(of_channel.mean(1), rel=1e-12)
-    assert found.variance["map@11"].numpy() == pytest.approx(of_channel.var(1, ddof=1), rel=1e-9)
+    assert found.mean["map@11"][0].numpy() == pytest.approx(of_channel.mean(1), rel=1e-12)
+    assert found.variance["map@11"][0].numpy() == pytest.approx(of_channel.var(1, ddof=1), rel=1e-9)
     white = Whitening(found.mean["map@11"], found.variance["map@11"])(
         torch.from_numpy(features[train])
     )
@@ -279,7 +279,7 @@ def test_the_saved_student_is_the_one_that_was_trained(
     x = torch.rand(2, 1, 32, 32)
     got = body(x).last_hidden_state
     assert got.shape == (2, 16, 4, 4)
-    assert not torch.allclose(got, untrained.body.eval()(x).last_hidden_state, atol=1e-3)
+    assert not torch.allclose(got, untrained.body.eval()(x)["last"], atol=1e-3)
     assert result.enlarge == 4
     assert result.n_parameters == sum(p.numel() for p in body.parameters())
 
@@ -324,9 +324,10 @@ def test_students_of_several_families(
     student, same, other = (Student(spec, images, seed) for seed in (0, 0, 1))
     student.eval()
     x = torch.randint(0, 256, (2, 1, 16, 16), dtype=torch.uint8)
-    assert student(x).shape == (2, *shape)
-    assert torch.equal(student(x), same.eval()(x))
-    assert not torch.equal(student(x), other.eval()(x))
+    got = student(x)["last"]
+    assert got.shape == (2, *shape)
+    assert torch.equal(got, same.eval()(x)["last"])
+    assert not torch.equal(got, other.eval()(x)["last"])
 
 
 def test_seeds_leave_the_global_generator_alone() -> None:
@@ -334,15 +335,16 @@ def test_seeds_leave_the_global_generator_alone() -> None:
     want = torch.rand(2)
     torch.manual_seed(3)
     Student(TINY, IMAGES, 9)
-    TeacherHead(4, make_array("a", (3, 2, 2), "float32"), 9)
+    build_regressor(RegressorSpec(), {"a": 4}, ["a"], [make_array("a", (3, 2, 2), "float32")], 9)
     assert torch.equal(torch.rand(2), want)
 
 
 @pytest.mark.parametrize("shape", [(6, 3, 2), (6,), (9, 6)])
 def test_heads_for_maps_vectors_and_tokens(shape: tuple[int, ...]) -> None:
-    head = TeacherHead(5, make_array("x", shape, "float16"), 0)
+    array = make_array("x", shape, "float16")
+    head = Head(5, array)
     stored = torch.randn(4, *shape).half()
-    target = head.target(stored)
+    target = as_map(stored, array)
     assert target.dtype == torch.float32
     assert head(torch.randn(4, 5, 2, 2)).shape == target.shape
     if len(shape) == 2:  # token 3 * i + j is the place (i, j)
@@ -375,6 +377,7 @@ def test_verdicts() -> None:
     def verdict(distilled: tuple[float, ...], scratch: tuple[float, ...]) -> str:
         return FewLabels(
             labels_per_class=5,
+            n_labels=20,
             distilled=distilled,
             scratch=scratch,
             distilled_train=distilled,

@@ -1,9 +1,8 @@
 """A small student learns the stored features of the same images, then a task from few labels.
 
-Stage 1 regresses one (tap, timestep) of the store from pixels, without labels: whitened per
-channel, squared error (feature regression as in DreamTeacher, Li et al. 2023, in its simplest
-form). Stage 2 fine-tunes it with a linear head on few labels, beside the same architecture from
-scratch: same labels, augmentation, schedule and learning rate.
+Stage 1 regresses cells of one or several stores from pixels (distillation.py), in its simplest form
+without labels one (tap, timestep), whitened per channel, by squared error. Stage 2 fine-tunes the
+student with a linear head on few labels, beside the same architecture from scratch (few_labels.py).
 
 Shapes: b batch, c channel, h height, w width.
 """
@@ -16,13 +15,14 @@ from pathlib import Path
 from rich.table import Table
 
 from drl_data.distill_spec import DistillSpec
-from drl_data.distillation import LOSS
+from drl_data.distillation import LOSS, Distillation, mean_chances
 from drl_data.errors import SpecError, redacted
 from drl_data.intervals import mean_and_half
 from drl_data.pipeline import Pipeline
 from drl_data.progress import SILENT, Progress
 from drl_data.ranks import launched_ranks
 from drl_data.results import TaskResult
+from drl_data.spec_base import Spec
 from drl_data.splits import require_two_splits
 from drl_data.stopping import Stop
 from drl_data.tasks.few_labels import FewLabels, FewLabelTask, compare
@@ -31,6 +31,13 @@ from drl_data.teachers import Teachers
 from drl_data.threads import one_thread
 
 # --- results ------------------------------------------------------------------------------------
+
+
+class PolicyFound(Spec):
+    """Where the policy ended: its mean chance of each timestep over the train split."""
+
+    timesteps: tuple[float, ...]
+    chances: tuple[float, ...]
 
 
 class DistillResult(TaskResult):
@@ -42,6 +49,12 @@ class DistillResult(TaskResult):
     spec: DistillSpec
     store: str
     fingerprint: str
+    teachers: dict[str, str]
+    """Fingerprints of the other stores."""
+    model: str
+    """The student's model type, or its Python factory."""
+    targets: tuple[str, ...]
+    """What it learnt."""
     n_parameters: int
     """Weights of the student, without heads."""
     enlarge: int
@@ -50,11 +63,12 @@ class DistillResult(TaskResult):
     n_test: int
     n_classes: int
     loss: tuple[float, ...]
-    """Mean squared error of stage 1 by epoch; always answering the mean would give 1."""
+    """Loss of stage 1 by epoch; of the squared error, always answering the mean would give 1."""
+    policy: PolicyFound | None
     few: tuple[FewLabels, ...]
     verdict: str
     student: str
-    """Folder that `AutoModel.from_pretrained` reads."""
+    """Folder that `AutoModel.from_pretrained` reads, and `student.weights`."""
     device: str
     seconds: float
 
@@ -62,20 +76,20 @@ class DistillResult(TaskResult):
 def format_table(result: DistillResult) -> Table:
     """For the terminal: accuracy by number of labels, distilled and from scratch, and who wins."""
     table = Table(
-        title=f"Student of {result.spec.tap} at timestep {result.spec.timestep}, "
-        f"{result.n_parameters:,} weights, test accuracy on {result.n_test} images",
+        title=f"Student of {', '.join(result.targets)}, {result.n_parameters:,} weights, test "
+        f"accuracy on {result.n_test} images",
         caption=f"mean and 95 % half-width over seeds (t)\n{result.verdict}",
         title_justify="left",
         caption_justify="left",
         box=None,
     )
-    for name in ("labels per class", "distilled", "from scratch"):
+    for name in ("labels", "distilled", result.few[0].rival):
         table.add_column(name, justify="right")
     for few in result.few:
         cells = [
             "{:.1%} ± {:.1%}".format(*mean_and_half(arm)) for arm in (few.distilled, few.scratch)
         ]
-        table.add_row(str(few.labels_per_class), *cells)
+        table.add_row(few.budget, *cells)
     return table
 
 
@@ -104,7 +118,9 @@ def run_distill(
     """
     spec = pipeline.distill
     if spec is None:
-        raise SpecError(f"pipeline {pipeline.name!r} lacks distill; it needs tap and timestep")
+        raise SpecError(
+            f"pipeline {pipeline.name!r} lacks distill; it needs tap and timestep, or targets"
+        )
     started = time.perf_counter()
     require_two_splits(spec.train, spec.test, "distill")
     teachers = Teachers.of(pipeline, spec)
@@ -116,6 +132,7 @@ def run_distill(
     student, device = model.student, str(ranks.device)
     with one_thread(student.small):
         found = compare(student, teachers, few, device, progress)
+        policy = _policy(model, teachers, device)
     folder = Path(pipeline.results) / "student"
     student.save(folder)
     result = DistillResult(
@@ -123,17 +140,40 @@ def run_distill(
         spec=spec,
         store=redacted(teachers.store.url),
         fingerprint=teachers.store.fingerprint,
+        teachers={name: store.fingerprint for name, store in teachers.others.items()},
+        model=spec.student.model_type or "resnet",
+        targets=tuple(target.name for target in teachers.targets),
         n_parameters=student.n_parameters,
         enlarge=student.enlarge,
         n_images=teachers.n_rows,
         n_test=len(few.test.rows),
         n_classes=len(few.classes),
         loss=curve.by_epoch(teachers.n_batches)[LOSS],
+        policy=policy,
         few=tuple(found),
-        verdict=". ".join(one.verdict() for one in found) + ".",
+        verdict=_verdict(spec, found),
         student=str(folder),
         device=device,
         seconds=time.perf_counter() - started,
     )
     result.save(Path(pipeline.results) / "distill.json")
     return result
+
+
+def _verdict(spec: DistillSpec, found: list[FewLabels]) -> str:
+    verdict = ". ".join(one.verdict() for one in found) + "."
+    if spec.asks_labels:
+        verdict += (
+            f" The policy learnt from all labels of {spec.train!r}, which the rival did not have: "
+            "this is no comparison with few labels."
+        )
+    return verdict
+
+
+def _policy(model: Distillation, teachers: Teachers, device: str) -> PolicyFound | None:
+    if model.policy is None:
+        return None
+    pixels = (x.to(device) for x, _ in teachers.batches(0))
+    return PolicyFound(
+        timesteps=model.chosen[0].timesteps, chances=tuple(mean_chances(model, pixels))
+    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from drl_data.datasets import FeatureBatch
 from drl_data.distill_spec import DistillSpec
 from drl_data.errors import SpecError
 from drl_data.intervals import mean_and_half
@@ -28,7 +27,7 @@ from drl_data.progress import Progress
 from drl_data.selection import Rows, Selection, select
 from drl_data.spec_base import Spec
 from drl_data.student import Classifier, Student
-from drl_data.teachers import Teachers
+from drl_data.teachers import Teachers, positions_of
 
 MIN_BATCH = 32
 MIN_STEPS = 4
@@ -37,15 +36,58 @@ MIN_STEPS = 4
 Arm = tuple[float, ...]
 
 
-class FewLabels(Spec):
-    """Test accuracies 0..1 with some labels per class, one number for each seed."""
+@dataclass(frozen=True)
+class Budget:
+    """How many labels: so many of each class, or a share of each."""
 
-    labels_per_class: int
+    per_class: int | None = None
+    fraction: float | None = None
+
+    def counts(self, available: Rows) -> Rows:
+        """Labels of each class, of so many that there are.
+
+        A share is rounded so that the classes together have it (largest remainders; of equal ones
+        the first), and each has one at least.
+        """
+        if self.fraction is None:
+            return np.full(len(available), self.per_class)
+        quota = self.fraction * available
+        counts = np.floor(quota + 1e-9).astype(np.int64)
+        left = round(self.fraction * int(available.sum())) - int(counts.sum())
+        order = np.argsort(counts - quota, kind="stable")
+        counts[order[: max(left, 0)]] += 1
+        found: Rows = np.minimum(counts.clip(1), available)
+        return found
+
+
+class FewLabels(Spec):
+    """Test accuracies 0..1 with some labels, one number for each seed."""
+
+    labels_per_class: int | None
+    """None where a share of the labels was asked for."""
+    fraction: float | None = None
+    n_labels: int
     distilled: tuple[float, ...]
     scratch: tuple[float, ...]
     distilled_train: tuple[float, ...]
     """Accuracy on the labels learnt from, in the end; well below 1 means too few steps."""
     scratch_train: tuple[float, ...]
+    rival: str = "from scratch"
+    """What the second arm began with."""
+
+    @property
+    def labels(self) -> str:
+        """How many labels, in words."""
+        if self.fraction is not None:
+            return f"{100 * self.fraction:g} %"
+        return str(self.labels_per_class)
+
+    @property
+    def budget(self) -> str:
+        """The same as a part of a sentence."""
+        if self.fraction is not None:
+            return f"{self.labels} of the labels ({self.n_labels})"
+        return f"{self.labels} label{'s' if self.labels_per_class != 1 else ''} per class"
 
     def verdict(self) -> str:
         """One sentence on who is better: the paired difference over seeds, with its 95 % interval.
@@ -54,9 +96,8 @@ class FewLabels(Spec):
         """
         differences = [a - b for a, b in zip(self.distilled, self.scratch, strict=True)]
         mean, half = mean_and_half(differences)
-        few = f"{self.labels_per_class} label{'s' if self.labels_per_class > 1 else ''} per class"
         a, b = mean_and_half(self.distilled)[0], mean_and_half(self.scratch)[0]
-        numbers = f"{few}: distilled {a:.1%}, from scratch {b:.1%}"
+        numbers = f"{self.budget}: distilled {a:.1%}, {self.rival} {b:.1%}"
         if len(differences) < 2:
             return f"{numbers}; one seed says nothing about chance"
         n = len(differences)
@@ -65,7 +106,8 @@ class FewLabels(Spec):
             return f"{numbers}; {gap} points are within the noise of {n} seeds"
         gap = f"{100 * abs(mean):.1f} ± {100 * half:.1f}"
         outcome = "beats" if mean > 0 else "loses to"
-        return f"{numbers}; distilled {outcome} scratch by {gap} points over {n} seeds"
+        rival = self.rival.removeprefix("from ")
+        return f"{numbers}; distilled {outcome} {rival} by {gap} points over {n} seeds"
 
 
 @dataclass(frozen=True)
@@ -85,11 +127,10 @@ class FewLabelTask:
             SpecError: a split without labels, or with fewer of one class than asked for.
         """
         store, spec = teachers.store, teachers.spec
-        tap, timestep = [spec.tap], [spec.timestep]
-        train = select(store, tap, timestep, split=spec.train, labelled=True)
-        test = select(store, tap, timestep, split=spec.test, labelled=True)
+        train = select(store, split=spec.train, labelled=True)
+        test = select(store, split=spec.test, labelled=True)
         classes, counts = np.unique(train.labels, return_counts=True)
-        most = max(spec.labels_per_class)
+        most = max(spec.labels_per_class, default=0)
         if counts.min() < most:
             raise SpecError(
                 f"distill.labels_per_class {most}: class {classes[counts.argmin()]} has only "
@@ -97,13 +138,21 @@ class FewLabelTask:
             )
         return cls(classes, train, test, spec)
 
-    def targets(self, labels: npt.NDArray[np.int64]) -> Tensor:
-        """Positions of labels in `classes`; -1 for a label that the train split does not have."""
-        position = np.searchsorted(self.classes, labels).clip(max=len(self.classes) - 1)
-        return torch.from_numpy(np.where(self.classes[position] == labels, position, -1))
+    @property
+    def budgets(self) -> list[Budget]:
+        """All that are asked for."""
+        return [
+            *(Budget(per_class=n) for n in self.spec.labels_per_class),
+            *(Budget(fraction=share) for share in self.spec.label_fractions),
+        ]
 
-    def draw(self, n: int, seed: int) -> Rows:
-        """`n` rows of each class, by digests of (seed, key); a larger draw holds the smaller."""
+    def targets(self, labels: Rows) -> Tensor:
+        """Positions of labels in `classes`; -1 for a label that the train split does not have."""
+        return torch.from_numpy(positions_of(labels, self.classes))
+
+    def draw(self, budget: Budget, seed: int) -> Rows:
+        """Rows of each class, increasing, by digests of (seed, key); of one class, a larger draw
+        holds the smaller."""
         digests = np.array(
             [
                 hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest()
@@ -111,11 +160,10 @@ class FewLabelTask:
             ]
         )
         order = np.argsort(digests, kind="stable")
-        chosen = [order[self.train.labels[order] == label][:n] for label in self.classes]
+        of_class = [order[self.train.labels[order] == label] for label in self.classes]
+        counts = budget.counts(np.array([len(rows) for rows in of_class]))
+        chosen = [rows[:n] for rows, n in zip(of_class, counts.tolist(), strict=True)]
         return np.sort(self.train.rows[np.concatenate(chosen)])
-
-
-# --- stage 2: few labels ------------------------------------------------------------------------
 
 
 def compare(
@@ -123,56 +171,50 @@ def compare(
 ) -> list[FewLabels]:
     """Fine-tune both arms for every number of labels and seed, then test them all in one pass."""
     spec = few.spec
-    images = teachers.store.spec.images
-    drawn = {(n, s): few.draw(n, s) for n in spec.labels_per_class for s in spec.seeds}
-    pixels = _pixels(teachers, np.unique(np.concatenate(list(drawn.values()))))
-    labels = dict(zip(few.train.rows.tolist(), few.targets(few.train.labels).tolist(), strict=True))
-    models: dict[tuple[int, int, bool], Classifier] = {}
-    fitted: dict[tuple[int, int, bool], float] = {}
+    drawn = {(budget, s): few.draw(budget, s) for budget in few.budgets for s in spec.seeds}
+    every = np.unique(np.concatenate(list(drawn.values())))
+    pixels = teachers.pixels(every)
+    labels = few.targets(few.train.labels[few.train.places(every)])
+    models: dict[tuple[Budget, int, bool], Classifier] = {}
+    fitted: dict[tuple[Budget, int, bool], float] = {}
     with progress.bar("few labels", 2 * len(drawn), "students") as bar:
-        for (n, seed), rows in drawn.items():
-            x = torch.stack([pixels[row] for row in rows.tolist()]).to(device)
-            y = torch.tensor([labels[row] for row in rows.tolist()], device=device)
+        for (budget, seed), rows in drawn.items():
+            places = np.searchsorted(every, rows)
+            x, y = pixels[places].to(device), labels[places].to(device)
             for distilled in (True, False):
-                body = copy.deepcopy(student) if distilled else Student(spec.student, images, seed)
+                body = (
+                    copy.deepcopy(student)
+                    if distilled
+                    else Student(spec.student, teachers.images, seed)
+                )
                 model = Classifier(body, len(few.classes), seed).to(device)
-                _fine_tune(model, x, y, spec, seed)
-                models[n, seed, distilled] = model
-                fitted[n, seed, distilled] = _n_right(model, x, y) / len(y)
+                fine_tune(model, x, y, spec, seed)
+                models[budget, seed, distilled] = model
+                fitted[budget, seed, distilled] = _n_right(model, x, y) / len(y)
                 bar.advance()
     tested = _test(models, teachers, few, device)
 
-    def arm(found: Mapping[tuple[int, int, bool], float], n: int, distilled: bool) -> Arm:
-        return tuple(found[n, seed, distilled] for seed in spec.seeds)
+    def arm(
+        found: Mapping[tuple[Budget, int, bool], float], budget: Budget, distilled: bool
+    ) -> Arm:
+        return tuple(found[budget, seed, distilled] for seed in spec.seeds)
 
     return [
         FewLabels(
-            labels_per_class=n,
-            distilled=arm(tested, n, True),
-            scratch=arm(tested, n, False),
-            distilled_train=arm(fitted, n, True),
-            scratch_train=arm(fitted, n, False),
+            labels_per_class=budget.per_class,
+            fraction=budget.fraction,
+            n_labels=len(drawn[budget, spec.seeds[0]]),
+            distilled=arm(tested, budget, True),
+            scratch=arm(tested, budget, False),
+            distilled_train=arm(fitted, budget, True),
+            scratch_train=arm(fitted, budget, False),
+            rival="from scratch" if spec.student.weights is None else "from the same weights",
         )
-        for n in spec.labels_per_class
+        for budget in few.budgets
     ]
 
 
-def _pixels_of(batch: FeatureBatch) -> Tensor:
-    assert batch.pixels is not None  # the stream was asked for them
-    return batch.pixels
-
-
-def _pixels(teachers: Teachers, rows: Rows) -> dict[int, Tensor]:
-    """Row -> uint8 [c, h, w] of some labelled rows of the train split, in one pass over it."""
-    found: dict[int, Tensor] = {}
-    for batch in teachers.stream(teachers.spec.train, labelled=True):
-        pixels = _pixels_of(batch)
-        for i in np.flatnonzero(np.isin(batch.row.numpy(), rows)).tolist():
-            found[int(batch.row[i])] = pixels[i].clone()
-    return found
-
-
-def _fine_tune(model: Classifier, x: Tensor, y: Tensor, spec: DistillSpec, seed: int) -> None:
+def fine_tune(model: Classifier, x: Tensor, y: Tensor, spec: DistillSpec, seed: int) -> None:
     """All weights, cross-entropy, AdamW with a cosine schedule, random shifts.
 
     An epoch is at least MIN_STEPS steps: with one step of ten images an epoch neither arm would
@@ -209,20 +251,26 @@ def random_shift(x: Tensor, generator: torch.Generator) -> Tensor:
     return picked.movedim(3, 1)
 
 
-@torch.no_grad()
 def _test(
-    models: Mapping[tuple[int, int, bool], Classifier],
+    models: Mapping[tuple[Budget, int, bool], Classifier],
     teachers: Teachers,
     few: FewLabelTask,
     device: str,
-) -> dict[tuple[int, int, bool], float]:
+) -> dict[tuple[Budget, int, bool], float]:
     """Accuracy of every model on the test split, in one pass over it."""
     right = dict.fromkeys(models, 0)
-    for batch in teachers.stream(teachers.spec.test, labelled=True):
-        x, y = _pixels_of(batch).to(device), few.targets(batch.label.numpy()).to(device)
+    for x, y in _batches(teachers, few):
         for name, model in models.items():
-            right[name] += _n_right(model, x, y)
+            right[name] += _n_right(model, x.to(device), y.to(device))
     return {name: n / len(few.test.rows) for name, n in right.items()}
+
+
+def _batches(teachers: Teachers, few: FewLabelTask) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pixels and classes of the test split."""
+    rows, size = few.test.rows, few.spec.batch_size
+    for start in range(0, len(rows), size):
+        where = slice(start, start + size)
+        yield teachers.pixels(rows[where]), few.targets(few.test.labels[where])
 
 
 @torch.no_grad()

@@ -13,20 +13,26 @@ from pathlib import Path
 import numpy as np
 from pydantic import JsonValue
 
-from drl_data.distill_spec import DistillSpec
+from drl_data.distill_spec import OWN, DistillSpec
 from drl_data.distillation import Distillation
-from drl_data.errors import ExecutionError
+from drl_data.errors import ExecutionError, SpecError
 from drl_data.pipeline import Pipeline
 from drl_data.progress import Progress
 from drl_data.ranks import Ranks
+from drl_data.spec_base import file_digest
 from drl_data.stopping import Stop
+from drl_data.student_bodies import WEIGHTS
 from drl_data.teachers import Teachers
 from drl_data.threads import one_thread
 from drl_data.train_checkpoints import Checkpoints
 from drl_data.training import Curve, Settings, Venue, curve_of, put_average, restore, train
 
-AFTERWARDS = {"run", "test", "finetune_epochs", "labels_per_class", "seeds"}
-"""Settings of `distill` that do not touch the weights that stage 1 ends with."""
+ELSEWHERE = {
+    "run", "test", "finetune_epochs", "labels_per_class", "label_fractions", "seeds", "teachers",
+    "student",
+}  # fmt: skip
+"""Settings of `distill` that do not touch the weights that stage 1 ends with, or that are said by
+content: stores and weights by their digests."""
 
 
 def learn_features(
@@ -78,6 +84,13 @@ def train_here(teachers: Teachers, venue: Venue) -> tuple[Distillation, Curve]:
     ranks.sum([0.0])
     if not ranks.leads:
         model = Distillation(spec, teachers)
+    compares = whole_batch_losses(spec)
+    if compares and (ranks.world_size > 1 or spec.run.micro_batch is not None):
+        raise SpecError(
+            f"distill: {compares} compares the images of a batch with each other, and would see "
+            f"only a part of it ({ranks.world_size} processes, run.micro_batch "
+            f"{spec.run.micro_batch}); want one process and no micro_batch, or another loss"
+        )
     settings = Settings(
         epochs=spec.epochs,
         learning_rate=spec.learning_rate,
@@ -98,14 +111,31 @@ def training_folder(pipeline: Pipeline) -> Path:
 
 def identity_of(teachers: Teachers) -> dict[str, JsonValue]:
     """Everything that decides what the student learns in stage 1."""
-    spec = teachers.spec
-    rows = np.ascontiguousarray(teachers.stream(spec.train).selection.rows)
-    return {
-        "distill": spec.model_dump(mode="json", exclude=AFTERWARDS),
+    spec, selection = teachers.spec, teachers.selection
+    decides = [selection.rows, *([selection.labels] if spec.asks_labels else [])]
+    digest = hashlib.sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in decides))
+    stores: dict[str, JsonValue] = {OWN: teachers.store.fingerprint}
+    for name, store in teachers.others.items():
+        stores[name] = store.fingerprint
+    found: dict[str, JsonValue] = {
+        "distill": spec.model_dump(mode="json", exclude=ELSEWHERE),
+        "student": spec.student.model_dump(mode="json", exclude={"weights"}),
         "seed": spec.seeds[0],
-        "store": teachers.store.fingerprint,
-        "rows": hashlib.sha256(rows.tobytes()).hexdigest(),
+        "stores": stores,
+        "rows": digest.hexdigest(),
     }
+    if spec.student.weights is not None:
+        found["weights"] = file_digest(Path(spec.student.weights) / WEIGHTS)
+    return found
+
+
+def whole_batch_losses(spec: DistillSpec) -> str:
+    """What of the losses compares the images of a batch with each other, in words; or nothing."""
+    names = {name for cell in spec.cells for name in cell.loss} & {"rkd_distance", "rkd_angle"}
+    found = [f"loss {name}" for name in sorted(names)]
+    if spec.policy.baseline == "mean" and any(c.choose == "policy" for c in spec.cells):
+        found.append("policy.baseline: mean")
+    return " and ".join(found)
 
 
 def _on_rank(pipeline: Pipeline, venue: Venue) -> None:
