@@ -43,6 +43,9 @@ except ImportError as error:
 
 log = logging.getLogger(__name__)
 
+OTHERS_S = 5.0
+"""A worker that failed waits so long for the others to fail too."""
+
 Work = Callable[[Venue], None]
 """What every worker does; it must be importable, and its arguments are pickled."""
 
@@ -56,8 +59,9 @@ class News:
     bar: tuple[str, int, str] | None = None
     done: int = 0
     numbers: dict[str, float] = field(default_factory=dict)
-    errors: list[tuple[bool, str]] = field(default_factory=list)
-    """(whether it is the user's mistake, message) of errors that another start would meet again."""
+    errors: dict[int, tuple[bool, str]] = field(default_factory=dict)
+    """Rank -> (whether it is the user's mistake, message) of errors that another start would meet
+    again."""
     stops: bool = False
 
 
@@ -86,9 +90,13 @@ class _Link:
         self._news.ready.add(rank)
         return not self._news.errors and not self._news.stops
 
-    def fail(self, is_users: bool, message: str) -> None:
+    def fail(self, rank: int, is_users: bool, message: str) -> None:
         """An error of a worker."""
-        self._news.errors.append((is_users, message))
+        self._news.errors[rank] = (is_users, message)
+
+    def n_failed(self) -> int:
+        """Workers that told an error."""
+        return len(self._news.errors)
 
     def show(self, label: str, total: int, unit: str) -> None:
         """A bar of the first worker."""
@@ -135,15 +143,17 @@ def train_on_ray(
         thread = _Fitting(_trainer(work, link, root, run, spec))
         thread.start()
         news = _follow(thread, link, spec, stop, progress)
-    for is_users, message in news.errors:
+    for _, (is_users, message) in sorted(news.errors.items()):
         raise (UserError if is_users else ExecutionError)(message)
     if stop.requested:
         raise StoppedError("the training was told to stop; run the same command again to resume")
-    if thread.error is not None:
+    if isinstance(thread.error, ray.train.WorkerGroupError):
         raise ExecutionError(
             f"the workers failed more often than run.max_failures ({spec.max_failures}) allows; "
-            f"the last time: {redacted(_short(thread.error))}"
+            f"the last time: {_short(thread.error)}"
         ) from thread.error
+    if thread.error is not None:
+        raise ExecutionError(f"Ray Train failed: {_short(thread.error)}") from thread.error
     Checkpoints(root).prune(spec.keep)
 
 
@@ -245,8 +255,8 @@ class _Patience:
 
 
 def _short(error: Exception) -> str:
-    """The last lines of what Ray says, which name the error."""
-    return " ".join(str(error).split())[-500:]
+    """The end of what Ray says, which names the error."""
+    return redacted(" ".join(str(error).split()))[-500:]
 
 
 # --- on the workers -----------------------------------------------------------------------------
@@ -271,8 +281,19 @@ def _on_worker(work: Work, link: ray.actor.ActorHandle, root: Path, run: str) ->
     except StoppedError:
         return
     except DrlDataError as error:
-        ray.get(link.fail.remote(isinstance(error, UserError), str(error)))
-        raise
+        ray.get(link.fail.remote(ranks.rank, isinstance(error, UserError), str(error)))
+        if not _all_failed(link, ranks.world_size):
+            raise  # Ray ends the others, which may wait for this one; the next start does nothing
+
+
+def _all_failed(link: ray.actor.ActorHandle, n: int) -> bool:
+    """Whether the other workers meet an error too, as they do where it is the user's."""
+    deadline = time.monotonic() + OTHERS_S
+    while ray.get(link.n_failed.remote()) < n:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_S)
+    return True
 
 
 def _listen(link: ray.actor.ActorHandle, stop: Stop) -> None:

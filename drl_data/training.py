@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
@@ -121,7 +122,9 @@ def train(
     """
     ranks = venue.ranks
     devices = [ranks.device] if ranks.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), venue.stop.heeded():
+    with torch.random.fork_rng(devices=devices), venue.stop.heeded(), warnings.catch_warnings():
+        # DDP says so of 1 x 1 convolutions in channels_last, whose strides mean nothing.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         training = _Training(module.to(ranks.device).train(), data, settings, identity, venue)
         training.resume()
         with venue.progress.bar("distill", settings.epochs, "epochs") as bar:
