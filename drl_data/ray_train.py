@@ -13,6 +13,7 @@ began. Features never travel through Ray's object store: each worker opens the s
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -128,6 +129,8 @@ def train_on_ray(
     """
     stop = stop or Stop()
     root.mkdir(parents=True, exist_ok=True)
+    # Every checkpoint waits until Ray Train's controller looks; by default it does every 2 s.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     with connected_ray(spec.address), stop.heeded():
         link = (
             ray.remote(num_cpus=0)(_Link)

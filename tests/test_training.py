@@ -22,7 +22,15 @@ from drl_data.stopping import Stop
 from drl_data.train_checkpoints import Checkpoints
 from drl_data.train_spec import OptimizerSpec, TrainRunSpec
 from drl_data.training import Curve, Settings, Venue, rate_factor, train
-from tests.train_cases import CASES, IDENTITY, SETTINGS, Digits, Learner, trained
+from tests.train_cases import (
+    CASES,
+    GPU_CASES,
+    IDENTITY,
+    SETTINGS,
+    Digits,
+    Learner,
+    trained,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -311,17 +319,20 @@ def test_workers_are_of_ray_or_torchrun() -> None:
 # --- several processes --------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def on_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def torchrun(folder: Path, *arguments: str) -> Path:
     """What came of every case on two processes."""
-    folder = tmp_path_factory.mktemp("two")
     launched = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "-m", "tests.train_cases", str(folder)],
+         "-m", "tests.train_cases", str(folder), *arguments],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert launched.returncode == 0, launched.stderr
     return folder
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return torchrun(tmp_path_factory.mktemp("two"), "cpu")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -346,3 +357,26 @@ def test_one_process_goes_on_where_two_were(on_two: Path, tmp_path: Path) -> Non
     alone = trained(CASES["uneven"], tmp_path, Ranks(CPU))
     assert continued["loss"] == pytest.approx(alone["loss"], rel=1e-5)
     assert continued["n"] == alone["n"]
+
+
+# --- GPUs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_two_gpus_have_the_curve_of_one(tmp_path: Path) -> None:
+    """NCCL, batch norm over both (SyncBatchNorm), bfloat16, and one GPU where two were."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"{torch.cuda.device_count()} GPUs here; want two")
+    two, one = torchrun(tmp_path), Ranks(torch.device("cuda:0"))
+    first, second = (json.loads((two / f"rank-{i}.json").read_text()) for i in (0, 1))
+    assert first == second
+    for name, case in GPU_CASES.items():
+        tolerance = 0.02 if name == "bfloat16" else 1e-4
+        alone = trained(case, tmp_path / "one" / name, one)
+        assert first[name]["loss"] == pytest.approx(alone["loss"], rel=tolerance), name
+        assert first[name]["weights"] == pytest.approx(alone["weights"], abs=10 * tolerance), name
+        (max((two / name).iterdir()) / "state.json").unlink()
+        continued = trained(case, two / name, one)
+        assert continued["loss"] == pytest.approx(alone["loss"], rel=tolerance), name
+    assert abs(first["bfloat16"]["loss"][0] / first["float32"]["loss"][0] - 1) < 0.02
+    assert first["bfloat16"]["loss"][0] != first["float32"]["loss"][0]  # it was autocast

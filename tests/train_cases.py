@@ -85,6 +85,7 @@ class Case:
     batch_size: int = 32
     micro_batch: int | None = None
     optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
+    norm: bool = False
 
 
 CASES = {
@@ -94,10 +95,17 @@ CASES = {
     "average": Case(optimizer=OptimizerSpec(ema_decay=0.9, clip_norm=0.3)),
 }
 
+FLOAT32 = OptimizerSpec(precision="float32")
+GPU_CASES = {
+    "float32": Case(optimizer=FLOAT32),
+    "norm": Case(norm=True, optimizer=FLOAT32),
+    "bfloat16": Case(),
+}
+
 
 def trained(case: Case, folder: Path, ranks: Ranks) -> dict[str, list[float]]:
-    """The loss curve, the weights, and the checkpoints' steps."""
-    module = Learner()
+    """The loss curve, and the weights and buffers."""
+    module = Learner(norm=case.norm)
     settings = Settings(
         SETTINGS.epochs,
         SETTINGS.learning_rate,
@@ -111,16 +119,17 @@ def trained(case: Case, folder: Path, ranks: Ranks) -> dict[str, list[float]]:
         module, Digits(batch_size=case.batch_size), settings, IDENTITY,
         Venue(ranks, Checkpoints(folder)),
     )  # fmt: skip
-    weights = torch.cat([p.detach().flatten() for p in module.parameters()])
+    weights = torch.cat([x.flatten().double().cpu() for x in module.state_dict().values()])
     return {"n": curve.n_images, **curve.losses, "weights": weights.tolist()}
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, device: str | None) -> None:
     """Every case on the ranks that there are."""
-    with launched_ranks("cpu") as ranks:
-        found = {name: trained(case, folder / name, ranks) for name, case in CASES.items()}
+    cases = CASES if device == "cpu" else GPU_CASES
+    with launched_ranks(device) as ranks:
+        found = {name: trained(case, folder / name, ranks) for name, case in cases.items()}
         (folder / f"rank-{ranks.rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None)
