@@ -295,6 +295,13 @@ def fail_on_the_second(venue: Venue) -> None:
     venue.ranks.sum([1.0])  # waits for the other one
 
 
+def test_what_ray_train_lacks_is_said(tmp_path: Path) -> None:
+    """Ray without its extra `train` cannot be imported so far."""
+    script = "import sys; sys.modules['pandas'] = None; import drl_data.ray_train"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "pip install 'drl-data[train]'" in done.stderr.splitlines()[-1]
+
+
 def test_losses_between_images_want_whole_batches(store: FeatureStore, tmp_path: Path) -> None:
     between = {
         "tap": None,
