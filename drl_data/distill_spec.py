@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, JsonValue, model_validator
 
 from drl_data.spec_base import Positive, Spec, Timestep, as_tuple
+from drl_data.train_spec import OptimizerSpec, TrainRunSpec
 
 OWN = "store"
 """Name of the pipeline's own store among the teachers."""
@@ -150,6 +151,8 @@ class DistillSpec(Spec):
     """Images of a step, of all ranks together."""
     learning_rate: float = 1e-3
     weight_decay: float = 1e-4
+    optimizer: OptimizerSpec = OptimizerSpec()
+    run: TrainRunSpec = TrainRunSpec()
     labels_per_class: Annotated[tuple[Positive, ...], BeforeValidator(as_tuple)] = (1, 5, 20)
     label_fractions: Annotated[tuple[Fraction, ...], BeforeValidator(as_tuple)] = ()
     """Shares of the train split's labels, every class by its share and with one at least."""

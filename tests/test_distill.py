@@ -130,9 +130,11 @@ def test_features_and_pixels_are_joined_by_row(
 ) -> None:
     seen = quadrants(pixels)
     few = {"labels_per_class": (1,), "finetune_epochs": 1, "seeds": (0,), "epochs": 15}
-    right = run_distill(pipeline(store_with(tmp_path / "a", index, seen), tmp_path, **few))
+    right = run_distill(pipeline(store_with(tmp_path / "a", index, seen), tmp_path / "x", **few))
     shuffled = seen[np.random.default_rng(0).permutation(len(seen))]
-    wrong = run_distill(pipeline(store_with(tmp_path / "b", index, shuffled), tmp_path, **few))
+    wrong = run_distill(
+        pipeline(store_with(tmp_path / "b", index, shuffled), tmp_path / "y", **few)
+    )
     assert right.loss[-1] < 0.25
     assert wrong.loss[-1] > 0.8
     assert "one seed says nothing" in right.verdict

@@ -12,20 +12,21 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import torch
 from rich.table import Table
 
 from drl_data.distill_spec import DistillSpec
 from drl_data.distillation import LOSS, Distillation, mean_chances
 from drl_data.errors import SpecError, redacted
 from drl_data.intervals import mean_and_half
-from drl_data.optimisation import anneal, optimizer_of, step
 from drl_data.pipeline import Pipeline
 from drl_data.progress import SILENT, Progress
+from drl_data.ranks import launched_ranks
 from drl_data.results import TaskResult
 from drl_data.spec_base import Spec
 from drl_data.splits import require_two_splits
+from drl_data.stopping import Stop
 from drl_data.tasks.few_labels import FewLabels, FewLabelTask, compare
+from drl_data.tasks.stage_one import learn_features
 from drl_data.teachers import Teachers
 from drl_data.threads import one_thread
 
@@ -96,14 +97,20 @@ def format_table(result: DistillResult) -> Table:
 
 
 def run_distill(
-    pipeline: Pipeline, *, device: str | None = None, progress: Progress = SILENT
-) -> DistillResult:
+    pipeline: Pipeline,
+    *,
+    device: str | None = None,
+    progress: Progress = SILENT,
+    stop: Stop | None = None,
+) -> DistillResult | None:
     """Distil a student from the pipeline's store and measure it on few labels.
 
     Writes `<results>/distill.json` and the student to `<results>/student`. `device` defaults to the
-    first visible GPU, else the CPU.
+    first visible GPU, else the CPU. Run again it goes on from the last checkpoint of stage 1. Under
+    `torchrun` all processes train, then the first one does the rest and the others get None.
 
     Raises:
+        StoppedError: it was told to stop during stage 1, and has written a checkpoint.
         SpecError: no `distill` section, unknown splits, a student that cannot be built, fewer
             labels than asked for.
         TapError: the store has no such tap or timestep.
@@ -115,14 +122,15 @@ def run_distill(
             f"pipeline {pipeline.name!r} lacks distill; it needs tap and timestep, or targets"
         )
     started = time.perf_counter()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     require_two_splits(spec.train, spec.test, "distill")
     teachers = Teachers.of(pipeline, spec)
     few = FewLabelTask.of(teachers)
-    model = Distillation(spec, teachers).to(device)
-    student = model.student
+    with launched_ranks(device) as ranks:
+        model, curve = learn_features(pipeline, teachers, ranks, stop or Stop(), progress)
+    if not ranks.leads:
+        return None
+    student, device = model.student, str(ranks.device)
     with one_thread(student.small):
-        loss = _distil(model, teachers, device, progress)
         found = compare(student, teachers, few, device, progress)
         policy = _policy(model, teachers, device)
     folder = Path(pipeline.results) / "student"
@@ -140,7 +148,7 @@ def run_distill(
         n_images=teachers.n_rows,
         n_test=len(few.test.rows),
         n_classes=len(few.classes),
-        loss=tuple(loss),
+        loss=curve.by_epoch(teachers.n_batches)[LOSS],
         policy=policy,
         few=tuple(found),
         verdict=_verdict(spec, found),
@@ -169,29 +177,3 @@ def _policy(model: Distillation, teachers: Teachers, device: str) -> PolicyFound
     return PolicyFound(
         timesteps=model.chosen[0].timesteps, chances=tuple(mean_chances(model, pixels))
     )
-
-
-# --- stage 1: features --------------------------------------------------------------------------
-
-
-def _distil(
-    model: Distillation, teachers: Teachers, device: str, progress: Progress
-) -> list[float]:
-    """Train the student on all images of the train split; the mean loss of each epoch."""
-    spec = teachers.spec
-    optimizer = optimizer_of(model, spec)
-    n_batches = teachers.n_batches
-    losses = []
-    with progress.bar("distill", spec.epochs, "epochs") as bar:
-        for epoch in range(spec.epochs):
-            total, n_done = 0.0, 0
-            for number, (pixels, targets) in enumerate(teachers.batches(epoch)):
-                anneal(optimizer, spec, (epoch + number / n_batches) / spec.epochs)
-                on_device = {name: target.to(device) for name, target in targets.items()}
-                loss = model(pixels.to(device), on_device)[LOSS]
-                step(optimizer, loss)
-                total += float(loss.detach()) * len(pixels)
-                n_done += len(pixels)
-            losses.append(total / n_done)
-            bar.advance(loss=losses[-1])
-    return losses
