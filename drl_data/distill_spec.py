@@ -137,7 +137,8 @@ class DistillSpec(Spec):
     teachers: dict[str, str] = {}
     """Other stores of the same images: {name: URL}; rows are joined by key."""
     train: str = "train"
-    test: str = "test"
+    test: str | None = "test"
+    """`null` trains the student only: without labels there is no comparison."""
     student: StudentSpec = StudentSpec()
     regressor: RegressorSpec = RegressorSpec()
     policy: PolicySpec = PolicySpec()

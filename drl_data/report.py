@@ -268,14 +268,16 @@ class StudentPart:
     chances: list[tuple[float, float]]
     """Timesteps and the policy's chances of them."""
     loss: Chart
-    accuracy: Chart
+    accuracy: Chart | None
+    """None if the student was not compared."""
 
 
 def _student(path: Path) -> StudentPart | None:
     if not path.exists():
         return None
     result = DistillResult.load(path)
-    rival, policy = result.few[0].rival, result.policy
+    policy = result.policy
+    rival = result.few[0].rival if result.few else ""
     arms = {
         "distilled": [mean_and_half(few.distilled) for few in result.few],
         rival: [mean_and_half(few.scratch) for few in result.few],
@@ -304,5 +306,7 @@ def _student(path: Path) -> StudentPart | None:
             y_label="test accuracy",
             y_max=1.0,
             percent=True,
-        ),
+        )
+        if result.few
+        else None,
     )

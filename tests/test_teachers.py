@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from rich.console import Console
 
 from drl_data.distill_spec import DistillSpec, RegressorSpec, StudentSpec
 from drl_data.distillation import Distillation
@@ -16,9 +18,10 @@ from drl_data.errors import InputError, SpecError, TapError, UserError
 from drl_data.index import SampleIndex
 from drl_data.optimisation import optimizer_of, step
 from drl_data.pipeline import Pipeline
+from drl_data.report import write_report
 from drl_data.shards import Array
 from drl_data.store import FeatureStore
-from drl_data.tasks.distill import DistillResult, run_distill
+from drl_data.tasks.distill import DistillResult, format_table, run_distill
 from drl_data.tasks.few_labels import Budget, FewLabelTask
 from drl_data.teachers import TEACHER_DRAW, Teachers
 from drl_data.threads import one_thread
@@ -281,6 +284,24 @@ def test_the_verdict_says_that_the_policy_saw_labels(own: FeatureStore, tmp_path
     assert result.policy is not None
     assert result.policy.timesteps == (10, 11)
     assert sum(result.policy.chances) == pytest.approx(1)
+
+
+def test_without_a_test_split_the_student_is_only_trained(
+    own: FeatureStore, tmp_path: Path
+) -> None:
+    spec = spec_of(TWO[1], epochs=2, test=None)
+    pipeline = pipeline_of(own, tmp_path, distill=spec)
+    result = run_distill(pipeline)
+    assert (result.few, result.n_test, len(result.loss)) == ((), 0, 2)
+    assert result.verdict == "No test split was named: the student was not compared."
+    assert (Path(result.student) / "model.safetensors").is_file()
+    console = Console(file=io.StringIO(), width=120)
+    console.print(format_table(result))
+    assert "last loss" in console.file.getvalue()  # type: ignore[attr-defined]
+    page = write_report(pipeline).read_text(encoding="utf-8")
+    assert "The student" in page
+    assert "fine-tuned" not in page
+    assert "With few labels" not in page
 
 
 def test_a_teacher_of_other_images_is_refused(

@@ -75,9 +75,15 @@ class DistillResult(TaskResult):
 
 def format_table(result: DistillResult) -> Table:
     """For the terminal: accuracy by number of labels, distilled and from scratch, and who wins."""
+    what = f"Student of {', '.join(result.targets)}, {result.n_parameters:,} weights"
+    if not result.few:
+        table = Table(
+            "epochs", "first loss", "last loss", title=what, title_justify="left", box=None
+        )
+        table.add_row(str(len(result.loss)), f"{result.loss[0]:.4g}", f"{result.loss[-1]:.4g}")
+        return table
     table = Table(
-        title=f"Student of {', '.join(result.targets)}, {result.n_parameters:,} weights, test "
-        f"accuracy on {result.n_test} images",
+        title=f"{what}, test accuracy on {result.n_test} images",
         caption=f"mean and 95 % half-width over seeds (t)\n{result.verdict}",
         title_justify="left",
         caption_justify="left",
@@ -122,7 +128,8 @@ def run_distill(
             f"pipeline {pipeline.name!r} lacks distill; it needs tap and timestep, or targets"
         )
     started = time.perf_counter()
-    require_two_splits(spec.train, spec.test, "distill")
+    if spec.test is not None:
+        require_two_splits(spec.train, spec.test, "distill")
     teachers = Teachers.of(pipeline, spec)
     few = FewLabelTask.of(teachers)
     with launched_ranks(device) as ranks:
@@ -131,7 +138,7 @@ def run_distill(
         return None
     student, device = model.student, str(ranks.device)
     with one_thread(student.small):
-        found = compare(student, teachers, few, device, progress)
+        found = compare(student, teachers, few, device, progress) if few else []
         policy = _policy(model, teachers, device)
     folder = Path(pipeline.results) / "student"
     student.save(folder)
@@ -146,8 +153,8 @@ def run_distill(
         n_parameters=student.n_parameters,
         enlarge=student.enlarge,
         n_images=teachers.n_rows,
-        n_test=len(few.test.rows),
-        n_classes=len(few.classes),
+        n_test=len(few.test.rows) if few else 0,
+        n_classes=len(few.classes) if few else 0,
         loss=curve.by_epoch(teachers.n_batches)[LOSS],
         policy=policy,
         few=tuple(found),
@@ -161,6 +168,8 @@ def run_distill(
 
 
 def _verdict(spec: DistillSpec, found: list[FewLabels]) -> str:
+    if not found:
+        return "No test split was named: the student was not compared."
     verdict = ". ".join(one.verdict() for one in found) + "."
     if spec.asks_labels:
         verdict += (

@@ -120,13 +120,15 @@ class FewLabelTask:
     spec: DistillSpec
 
     @classmethod
-    def of(cls, teachers: Teachers) -> FewLabelTask:
-        """Labelled rows of both splits.
+    def of(cls, teachers: Teachers) -> FewLabelTask | None:
+        """Labelled rows of both splits; None if no comparison is wanted.
 
         Raises:
             SpecError: a split without labels, or with fewer of one class than asked for.
         """
         store, spec = teachers.store, teachers.spec
+        if spec.test is None:
+            return None
         train = select(store, split=spec.train, labelled=True)
         test = select(store, split=spec.test, labelled=True)
         classes, counts = np.unique(train.labels, return_counts=True)
