@@ -551,6 +551,8 @@ def distill(
 
     pipeline = _load(file, None, store)
     spec = _section(pipeline.distill, "distill", file)
+    if executor == "local" and workers is None:
+        workers = 1  # the file's are Ray's
     given = {
         "executor": executor, "workers": workers, "gpus_per_worker": gpus, "address": address
     }  # fmt: skip

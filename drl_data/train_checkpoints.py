@@ -19,9 +19,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from pydantic import JsonValue, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
@@ -54,6 +55,40 @@ class TrainState(Spec):
     world_size: int
     device: str
     torch: str
+
+
+@dataclass
+class Curve:
+    """Losses of every step, over all processes: means over the images of the step's batch."""
+
+    n_images: list[float] = field(default_factory=list)
+    losses: dict[str, list[float]] = field(default_factory=dict)
+
+    def by_epoch(self, n_batches: int) -> dict[str, tuple[float, ...]]:
+        """Means over the images of each epoch, by name."""
+        starts = range(0, len(self.n_images), n_batches)
+        parts = [slice(start, start + n_batches) for start in starts]
+
+        def mean(values: list[float], part: slice) -> float:
+            n = self.n_images[part]
+            return sum(a * b for a, b in zip(n, values[part], strict=True)) / sum(n)
+
+        return {
+            name: tuple(mean(values, part) for part in parts)
+            for name, values in self.losses.items()
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """For a checkpoint: float64 [steps] each."""
+        losses = {f"loss:{name}": values for name, values in self.losses.items()}
+        named = {"n_images": self.n_images, **losses}
+        return {name: torch.tensor(values, dtype=torch.float64) for name, values in named.items()}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Curve:
+        """From what `tensors` gave."""
+        values = {name: tensor.tolist() for name, tensor in tensors.items()}
+        return cls(values.pop("n_images"), {k.removeprefix("loss:"): v for k, v in values.items()})
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from drl_data.errors import ExecutionError, SpecError, StoppedError
 from drl_data.progress import SILENT, Progress
 from drl_data.ranks import Ranks
 from drl_data.stopping import Stop
-from drl_data.train_checkpoints import Checkpoint, Checkpoints, TrainState
+from drl_data.train_checkpoints import Checkpoint, Checkpoints, Curve, TrainState
 from drl_data.train_spec import OptimizerSpec
 
 Batch = tuple[Tensor, Mapping[str, Tensor]]
@@ -76,28 +76,6 @@ class Venue:
     saved: Callable[[Path | None, int, float], None] = lambda folder, step, loss: None
     """Called on every rank after a checkpoint: its folder (None but on the first rank), the step,
     and the loss of the last one."""
-
-
-@dataclass
-class Curve:
-    """Losses of every step, over all processes: means over the images of the step's batch."""
-
-    n_images: list[float] = field(default_factory=list)
-    losses: dict[str, list[float]] = field(default_factory=dict)
-
-    def by_epoch(self, n_batches: int) -> dict[str, tuple[float, ...]]:
-        """Means over the images of each epoch, by name."""
-        starts = range(0, len(self.n_images), n_batches)
-        parts = [slice(start, start + n_batches) for start in starts]
-
-        def mean(values: list[float], part: slice) -> float:
-            n = self.n_images[part]
-            return sum(a * b for a, b in zip(n, values[part], strict=True)) / sum(n)
-
-        return {
-            name: tuple(mean(values, part) for part in parts)
-            for name, values in self.losses.items()
-        }
 
 
 def train(
@@ -328,13 +306,11 @@ class _Training:
             for name, parameter in self._parameters.items()
             for key, value in self._optimizer.state.get(parameter, {}).items()
         }
-        curve = {f"loss:{k}": torch.tensor(v).double() for k, v in self.curve.losses.items()}
-        curve["n_images"] = torch.tensor(self.curve.n_images).double()
         return {
             "model": self._trained.state_dict(),
             "optimizer": moments,
             "average": self._average,
-            "curve": curve,
+            "curve": self.curve.tensors(),
         }
 
     def resume(self) -> None:
@@ -363,7 +339,7 @@ class _Training:
             parameter = self._parameters[name]
             device = "cpu" if key == "step" else parameter.device
             self._optimizer.state[parameter][key] = value.to(device)
-        self.curve = curve_of(found)
+        self.curve = Curve.of(found.tensors["curve"])
 
     def finish(self) -> None:
         """The last checkpoint; the module gets the weights that count."""
@@ -395,17 +371,6 @@ def put_average(module: nn.Module, average: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, value in average.items():
             parameters[name].copy_(value)
-
-
-def curve_of(found: Checkpoint) -> Curve:
-    """The losses of all steps before a checkpoint."""
-    tensors = found.tensors["curve"]
-    losses = {
-        name.removeprefix("loss:"): values.tolist()
-        for name, values in tensors.items()
-        if name != "n_images"
-    }
-    return Curve(tensors["n_images"].tolist(), losses)
 
 
 def rate_factor(step: int, n_steps: int, warmup: float) -> float:

@@ -19,9 +19,9 @@ from torch import Tensor
 from drl_data.errors import ExecutionError, InputError, SpecError, StoppedError
 from drl_data.ranks import Ranks
 from drl_data.stopping import Stop
-from drl_data.train_checkpoints import Checkpoints
+from drl_data.train_checkpoints import Checkpoints, Curve
 from drl_data.train_spec import OptimizerSpec, TrainRunSpec
-from drl_data.training import Curve, Settings, Venue, rate_factor, train
+from drl_data.training import Settings, Venue, rate_factor, train
 from tests.train_cases import (
     CASES,
     GPU_CASES,

@@ -24,8 +24,8 @@ from drl_data.stopping import Stop
 from drl_data.student_bodies import WEIGHTS
 from drl_data.teachers import Teachers
 from drl_data.threads import one_thread
-from drl_data.train_checkpoints import Checkpoints
-from drl_data.training import Curve, Settings, Venue, curve_of, put_average, restore, train
+from drl_data.train_checkpoints import Checkpoints, Curve
+from drl_data.training import Settings, Venue, put_average, restore, train
 
 ELSEWHERE = {
     "run", "test", "finetune_epochs", "labels_per_class", "label_fractions", "seeds", "teachers",
@@ -55,6 +55,11 @@ def learn_features(
         if ranks.leads:
             venue.progress = progress
         return train_here(teachers, venue)
+    if ranks.world_size > 1:
+        raise SpecError(
+            f"distill.run.executor: ray, in each of {ranks.world_size} processes of torchrun; want "
+            "one of the two: start the command by itself, or with --executor local"
+        )
     identity, checkpoints = identity_of(teachers), Checkpoints(root)
     n_steps = spec.epochs * teachers.n_batches
     state = checkpoints.state(identity)
@@ -73,7 +78,7 @@ def learn_features(
     model = Distillation(spec, teachers).to(ranks.device)
     restore(model, found)
     put_average(model, found.tensors["average"])
-    return model.eval(), curve_of(found)
+    return model.eval(), Curve.of(found.tensors["curve"])
 
 
 def train_here(teachers: Teachers, venue: Venue) -> tuple[Distillation, Curve]:
