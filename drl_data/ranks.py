@@ -80,7 +80,6 @@ class Ranks:
         return DistributedDataParallel(
             module,
             device_ids=[self.device] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,  # they are equal already
             find_unused_parameters=True,  # poolers of transformers; heads that a batch leaves out
         )
 

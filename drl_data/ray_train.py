@@ -163,7 +163,7 @@ def train_on_ray(
 def _trainer(
     work: Work, link: ray.actor.ActorHandle, root: Path, run: str, spec: TrainRunSpec
 ) -> ray.train.torch.TorchTrainer:
-    gpus = spec.gpus_per_worker if ray.cluster_resources().get("GPU", 0) else 0
+    gpus = _gpus(spec)
 
     def loop() -> None:
         _on_worker(work, link, root, run)
@@ -183,6 +183,11 @@ def _trainer(
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
+
+
+def _gpus(spec: TrainRunSpec) -> int:
+    """Of one worker; none where the cluster has none."""
+    return spec.gpus_per_worker if ray.cluster_resources().get("GPU", 0) else 0
 
 
 class _Fitting(threading.Thread):
@@ -252,7 +257,7 @@ class _Patience:
             log.warning(
                 "%d of %d workers began; each wants %g CPUs and %d GPUs, and the cluster has %g "
                 "and %g; the training waits for them",
-                n_ready, spec.workers, spec.cpus_per_worker, spec.gpus_per_worker,
+                n_ready, spec.workers, spec.cpus_per_worker, _gpus(spec),
                 total.get("CPU", 0), total.get("GPU", 0),
             )  # fmt: skip
 
