@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import yaml
 from rich.console import Console
 
+from drl_data.distill_losses import LOSSES
 from drl_data.distill_spec import DistillSpec, RegressorSpec, StudentSpec
 from drl_data.distillation import Distillation
 from drl_data.errors import InputError, SpecError, TapError, UserError
@@ -345,6 +348,15 @@ def test_refused(own: FeatureStore, other: FeatureStore, tmp_path: Path) -> None
     refused("want tap .*, or targets", TWO[1], tap="map", timestep=11)
     refused("want labels_per_class or label_fractions", TWO[1], labels_per_class=[])
     refused("mean .* want as many", TWO[1], student={"mean": [0.5]})
+
+
+def test_the_sections_of_the_docs_are_valid() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "distillation.md").read_text(encoding="utf-8")
+    found = re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(found) == 2
+    for section in found:
+        spec = DistillSpec.model_validate(yaml.safe_load(section)["distill"])
+        assert {name for cell in spec.cells for name in cell.loss} <= LOSSES.keys()
 
 
 def test_paths_of_teachers_and_weights_are_relative_to_the_file(tmp_path: Path) -> None:
