@@ -12,11 +12,13 @@ import re
 import signal
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, TypeVar
 
 import typer
+from pydantic import ValidationError
 from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
@@ -33,8 +35,9 @@ from drl_data.cli_print import (
     print_summary,
     print_synthesis,
 )
-from drl_data.errors import DrlDataError, SpecError, UserError, redacted
+from drl_data.errors import DrlDataError, SpecError, StoppedError, UserError, redacted
 from drl_data.pipeline import Pipeline, RunSpec, StoreSpec
+from drl_data.spec_base import Spec
 from drl_data.stopping import Stop
 
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from drl_data.runs import RunSummary
 
 S = TypeVar("S")
+R = TypeVar("R", bound=Spec)
 
 app = typer.Typer(
     name="drl",
@@ -100,10 +104,13 @@ class _Signals:
     def __init__(self) -> None:
         self._stop = Stop()
         self._grace_s = 0.0
+        self._effect = ""
 
-    def ask(self, stop: Stop, grace_s: float) -> None:
-        """While this wish is heeded, the first signal is passed on to it."""
+    def ask(self, stop: Stop, grace_s: float, effect: str | None = None) -> None:
+        """While this wish is heeded, the first signal is passed on to it; `effect` says what then
+        happens."""
         self._stop, self._grace_s = stop, grace_s
+        self._effect = effect or f"no unit begins now; those that run have {grace_s:g} s to finish"
 
     def hear(self, number: int, _frame: FrameType | None) -> None:
         """The handler; it writes by itself, as the console may be at work on a line."""
@@ -117,8 +124,7 @@ class _Signals:
             os._exit(3)  # child processes and actors end with their connection to this one
         os.write(
             2,
-            f"\n{name}: no unit begins now; those that run have {self._grace_s:g} s to finish. "
-            "Once more ends at once.\n".encode(),
+            f"\n{name}: {self._effect}. Once more ends at once.\n".encode(),
         )
         self._stop.request(self._grace_s)
 
@@ -342,22 +348,6 @@ def import_(
         stop=stop,
     )
     _end_of_run([summary])
-
-
-def _with_run(
-    pipeline: Pipeline,
-    executor: Literal["local", "process", "ray"] | None,
-    workers: int | None,
-    gpus: float | None,
-    address: str | None,
-) -> Pipeline:
-    """The pipeline with what the command line says of where it runs."""
-    given = {
-        "executor": executor, "workers": workers, "gpus_per_worker": gpus, "address": address
-    }  # fmt: skip
-    changes = {key: value for key, value in given.items() if value is not None}
-    run = type(pipeline.run).model_validate({**pipeline.run.model_dump(), **changes})
-    return pipeline.model_copy(update={"run": run})
 
 
 def _end_of_run(summaries: Sequence[RunSummary]) -> NoReturn:
@@ -612,6 +602,7 @@ def correspond(file: PipelineFile, device: Device = None, store: OverrideStore =
         out.print(f"left out: {name}", soft_wrap=True, markup=False)
 
 
+@app.command()
 def score(
     file: PipelineFile,
     tars: OverrideTars = None,
@@ -650,13 +641,42 @@ def score(
 
 
 @app.command()
-def distill(file: PipelineFile, device: Device = None, store: OverrideStore = None) -> None:
-    """Train a student on stored features, then on few labels, against one from scratch."""
+def distill(
+    file: PipelineFile,
+    device: Device = None,
+    store: OverrideStore = None,
+    executor: Annotated[Literal["local", "ray"] | None, typer.Option(help="Who trains.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Workers of Ray Train.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, max=1, help="GPUs of each.")] = None,
+    address: Annotated[str | None, typer.Option(help="Address of a Ray cluster.")] = None,
+) -> None:
+    """Train a student on stored features, then on few labels, against one from scratch; run it
+    again to resume."""
     from drl_data.progress import console_progress
     from drl_data.tasks.distill import format_table, run_distill
 
-    out.print(format_table(run_distill(_load(file, None, store), device=device,
-                                       progress=console_progress())))  # fmt: skip
+    pipeline = _load(file, None, store)
+    spec = _section(pipeline.distill, "distill", file)
+    if executor == "local" and workers is None:
+        workers = 1  # the file's are Ray's
+    given = {
+        "executor": executor, "workers": workers, "gpus_per_worker": gpus, "address": address
+    }  # fmt: skip
+    spec = spec.model_copy(update={"run": _changed(spec.run, given, "distill.run")})
+    stop = Stop()
+    _SIGNALS.ask(stop, spec.run.grace_s, "the training writes a checkpoint and ends")
+    try:
+        found = run_distill(
+            pipeline.model_copy(update={"distill": spec}),
+            device=device,
+            progress=console_progress(),
+            stop=stop,
+        )
+    except StoppedError as error:
+        err.print(f"interrupted: {escape(str(error))}", soft_wrap=True)
+        _exit_now(3)
+    if found is not None:  # not of this process, under torchrun
+        out.print(format_table(found))
 
 
 @app.command()
@@ -767,6 +787,30 @@ def _load(file: Path, tars: list[str] | None, store: str | None) -> Pipeline:
         reuse = () if pipeline.store is None else pipeline.store.reuse
         pipeline = pipeline.model_copy(update={"store": StoreSpec(url=store, reuse=reuse)})
     return pipeline
+
+
+def _with_run(
+    pipeline: Pipeline,
+    executor: Literal["local", "process", "ray"] | None,
+    workers: int | None,
+    gpus: float | None,
+    address: str | None,
+) -> Pipeline:
+    """The pipeline with what the command line says of where it runs."""
+    given = {
+        "executor": executor, "workers": workers, "gpus_per_worker": gpus, "address": address
+    }  # fmt: skip
+    return pipeline.model_copy(update={"run": _changed(pipeline.run, given, "run")})
+
+
+def _changed(spec: R, given: Mapping[str, object], place: str) -> R:
+    """Logistics with what the command line says of them."""
+    changes = {key: value for key, value in given.items() if value is not None}
+    try:
+        return type(spec).model_validate({**spec.model_dump(), **changes})
+    except ValidationError as error:
+        reasons = "; ".join(str(problem["msg"]) for problem in error.errors())
+        raise SpecError(f"{place}: {reasons.replace('Value error, ', '')}") from error
 
 
 def _section(section: S | None, name: str, file: Path) -> S:

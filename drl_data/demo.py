@@ -56,7 +56,8 @@ def run_demo(folder: Path, progress: Progress, say: Callable[[object], None]) ->
     say(probe_table(run_probe(pipeline, progress=progress)))
     say(cluster_table(run_cluster(pipeline, progress=progress)))
     say(retrieve_table(run_retrieve(pipeline, progress=progress)))
-    say(distill_table(run_distill(pipeline, progress=progress)))
+    if (student := run_distill(pipeline, progress=progress)) is not None:
+        say(distill_table(student))
     sheet = Path(pipeline.results) / "samples.png"
     write_sample_sheet(pipeline, sheet)
     return write_report(pipeline, samples=sheet)

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-Purpose = Literal["timestep", "view", "flip", "top", "left"]
+Purpose = Literal["timestep", "view", "flip", "top", "left", "policy", "drop"]
 
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 

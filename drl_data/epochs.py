@@ -40,6 +40,8 @@ class Dealing:
     seed: int
     drop_last: bool = False
     pad: bool = False
+    split_batches: bool = False
+    """`batch_size` is that of all ranks together, and each step's rows are those of one process."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +167,13 @@ def plan_epoch(
     """The order of one rank's share of one lane's `rows` (increasing) in one epoch.
 
     Raises:
-        SpecError: each row shall come exactly once, but then a rank would have fewer batches.
+        SpecError: each row shall come exactly once, but then a rank would have fewer batches; or
+            batches that cannot be split evenly.
     """
+    if dealing.split_batches:
+        alone = replace(dealing, world_size=1, split_batches=False)
+        whole = plan_epoch(rows, rows_per_unit, alone, lane=lane, epoch=epoch, rank=0, part=part)
+        return _split(whole, rank, dealing.world_size)
     sequence = _unit_by_unit(rows, rows_per_unit, dealing, [dealing.seed, epoch, part, 2, lane])
     n, world_size, size = len(rows), dealing.world_size, dealing.batch_size
     if dealing.drop_last:
@@ -197,6 +204,34 @@ def plan_epoch(
         share = np.concatenate([share, repeats])
         starts = np.array([*starts[:-1], len(share)] if len(starts) > 1 else [0, 1])
     return EpochPlan(share, starts, size, n_batches, len(repeats))
+
+
+def _split(whole: EpochPlan, rank: int, world_size: int) -> EpochPlan:
+    """One rank's equal part of every batch.
+
+    A batch is cut where its rows lie in their window, in order. Rank r has then rows of about the
+    r-th part of each window, so that all ranks together read little more than one process does.
+    """
+    sizes = [len(whole.order[whole.batch_slice(b)]) for b in range(whole.n_batches)]
+    if any(size % world_size for size in sizes):
+        raise SpecError(
+            f"batches of {' and '.join(map(str, sorted(set(sizes))))} rows over {world_size} "
+            "ranks: want multiples; choose another batch_size, or drop_last=True if only the last "
+            "batch has another size"
+        )
+    window_of = np.repeat(np.arange(whole.n_windows), np.diff(whole.window_starts))
+    taken = [np.empty(0, np.int64)]
+    for where in map(whole.batch_slice, range(whole.n_batches)):
+        by_place = np.lexsort((whole.order[where], window_of[where]))
+        size = len(by_place) // world_size
+        taken.append(where.start + np.sort(by_place[rank * size : (rank + 1) * size]))
+    own = np.concatenate(taken)
+    return replace(
+        whole,
+        order=whole.order[own],
+        window_starts=np.searchsorted(own, whole.window_starts),
+        batch_size=whole.batch_size // world_size,
+    )
 
 
 def undealt(

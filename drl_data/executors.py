@@ -144,7 +144,7 @@ def run_ray(
 
     from drl_data.ray_pool import RayPool
 
-    with _connected_ray(address):
+    with connected_ray(address):
         gpus = workers.gpus if ray.cluster_resources().get("GPU", 0) else 0
         pool: RayPool[R] = RayPool(make_task, limits.leases, gpus=gpus, cpus=workers.cpus)
         book: LeaseBook[R] = LeaseBook(units, limits, min(workers.n, len(units)))
@@ -152,7 +152,7 @@ def run_ray(
 
 
 @contextmanager
-def _connected_ray(address: str | None) -> Iterator[None]:
+def connected_ray(address: str | None) -> Iterator[None]:
     """Ray, started or joined if that was not done yet; what was started here ends here."""
     import ray
 

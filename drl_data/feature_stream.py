@@ -54,6 +54,10 @@ class FeatureStream(IterableDataset[FeatureBatch]):
     all ranks, the last batches being smaller; with `drop_last` all batches are whole, and the rest
     is left out; with `pad` ranks that have a row less repeat one (`batch.repeated`).
 
+    With `split_batches`, `batch_size` is that of all ranks together: the rows of a step, over all
+    ranks, are the batch that one process has at this step (as `split_batches` of Accelerate), so
+    that a loss curve does not depend on the number of ranks. Batches must split evenly.
+
     `store` may be several stores, of one shape each (buckets.py): every batch is of one of them
     (`batch.bucket`), the same on all ranks.
 
@@ -82,6 +86,7 @@ class FeatureStream(IterableDataset[FeatureBatch]):
         buffer_bytes: int = BUFFER_BYTES,
         drop_last: bool = False,
         pad: bool = False,
+        split_batches: bool = False,
         rank: int = 0,
         world_size: int = 1,
         images: Images = None,
@@ -134,7 +139,14 @@ class FeatureStream(IterableDataset[FeatureBatch]):
         else:
             by_lane = [buffer_rows] * len(self.stores)
         self.dealing = Dealing(
-            batch_size, world_size, tuple(by_lane), shuffle, seed, drop_last=drop_last, pad=pad
+            batch_size,
+            world_size,
+            tuple(by_lane),
+            shuffle,
+            seed,
+            drop_last=drop_last,
+            pad=pad,
+            split_batches=split_batches,
         )
         self.rank, self._pin_memory = rank, pin_memory
         self._guard = ForkGuard.of(

@@ -35,6 +35,7 @@ from drl_data.diffusion_spec import (
     NoiseSpec,
     ScheduleSpec,
 )
+from drl_data.distill_spec import DistillSpec
 from drl_data.errors import SpecError
 from drl_data.import_spec import SourceSpec
 from drl_data.job_specs import ClusterSpec, ProbeSpec, RetrieveSpec
@@ -50,7 +51,6 @@ from drl_data.spec import (
 )
 from drl_data.spec_base import (
     Spec,
-    Timestep,
     as_tuple,
 )
 from drl_data.synthesize_spec import SynthesizeSpec
@@ -110,33 +110,6 @@ class StatsSpec(Spec):
         if self.covariance and self.over != "space":
             raise ValueError("covariance is of channels: want over: space")
         return self
-
-
-class StudentSpec(Spec):
-    """A student from `transformers`, built from its configuration (no weights are downloaded)."""
-
-    model_type: str = "resnet"
-    config: dict[str, JsonValue] = {}
-
-
-class DistillSpec(Spec):
-    """A student learns the stored features of the same images, then a linear head on few labels.
-
-    Compared with the same student trained from scratch on those labels.
-    """
-
-    tap: str
-    timestep: Timestep
-    train: str = "train"
-    test: str = "test"
-    student: StudentSpec = StudentSpec()
-    epochs: Annotated[int, Field(ge=1)] = 30
-    finetune_epochs: Annotated[int, Field(ge=1)] = 40
-    batch_size: Annotated[int, Field(ge=1)] = 128
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-4
-    labels_per_class: tuple[int, ...] = (1, 5, 20)
-    seeds: tuple[int, ...] = (0, 1, 2)
 
 
 class ClassesSpec(Spec):
@@ -345,6 +318,8 @@ class Pipeline(Spec):
             changes["correspond"] = self.correspond.model_copy(update=paths)
         if self.score and self.score.url:
             changes["score"] = self.score.model_copy(update={"url": join(self.score.url)})
+        if self.distill:
+            changes["distill"] = _distill_with_paths(self.distill, join)
         if self.pretrain:
             changes["pretrain"] = self.pretrain.model_copy(
                 update={"output": join(self.pretrain.output)}
@@ -381,6 +356,17 @@ def _synthesize_with_paths(spec: SynthesizeSpec, join: Callable[[str], str]) -> 
     if spec.prompts is not None and spec.prompts.file is not None:
         update["prompts"] = spec.prompts.model_copy(update={"file": join(spec.prompts.file)})
     return spec.model_copy(update=update)
+
+
+def _distill_with_paths(distill: DistillSpec, join: Callable[[str], str]) -> DistillSpec:
+    """The same section with `join` applied to its local paths."""
+    update: dict[str, object] = {
+        "teachers": {name: join(url) for name, url in distill.teachers.items()}
+    }
+    if distill.student.weights is not None:
+        weights = join(distill.student.weights)
+        update["student"] = distill.student.model_copy(update={"weights": weights})
+    return distill.model_copy(update=update)
 
 
 def _is_relative_folder(model: str) -> bool:

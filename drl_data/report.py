@@ -272,40 +272,50 @@ class StudentPart:
 
     result: DistillResult
     verdicts: list[str]
-    rows: list[tuple[int, str, str]]
+    rival: str
+    rows: list[tuple[str, str, str]]
+    chances: list[tuple[float, float]]
+    """Timesteps and the policy's chances of them."""
     loss: Chart
-    accuracy: Chart
+    accuracy: Chart | None
+    """None if the student was not compared."""
 
 
 def _student(path: Path) -> StudentPart | None:
     if not path.exists():
         return None
     result = DistillResult.load(path)
+    policy = result.policy
+    rival = result.few[0].rival if result.few else ""
     arms = {
         "distilled": [mean_and_half(few.distilled) for few in result.few],
-        "from scratch": [mean_and_half(few.scratch) for few in result.few],
+        rival: [mean_and_half(few.scratch) for few in result.few],
     }
     rows = []
     for i, few in enumerate(result.few):
         one, two = (f"{100 * arm[i][0]:.1f} ± {100 * arm[i][1]:.1f} %" for arm in arms.values())
-        rows.append((few.labels_per_class, one, two))
+        rows.append((few.budget, one, two))
     return StudentPart(
         result,
         [few.verdict() for few in result.few],
+        rival,
         rows,
+        list(zip(policy.timesteps, policy.chances, strict=True)) if policy else [],
         line_chart(
             [str(i + 1) for i in range(len(result.loss))],
             [Series("loss", result.loss)],
             x_label="epoch",
-            y_label="squared error",
+            y_label="loss",
             y_max=max(1.0, *result.loss),
         ),
         line_chart(
-            [str(few.labels_per_class) for few in result.few],
+            [few.labels for few in result.few],
             [Series(name, [m for m, _ in a], [h for _, h in a]) for name, a in arms.items()],
-            x_label="labels per class",
+            x_label="labels",
             y_label="test accuracy",
             y_max=1.0,
             percent=True,
-        ),
+        )
+        if result.few
+        else None,
     )

@@ -18,7 +18,17 @@ def finished_store(pipeline: Pipeline, task: str) -> FeatureStore:
     """
     if pipeline.store is None:
         raise SpecError(f"pipeline {pipeline.name!r} lacks store; {task} reads features from it")
-    url = pipeline.store.url
+    store = open_finished(pipeline.store.url, task)
+    store.locate_dataset(pipeline.dataset)
+    return store
+
+
+def open_finished(url: str, task: str) -> FeatureStore:
+    """A store with features of every row that can have them.
+
+    Raises:
+        UserError: there is no store yet, or units of it are pending.
+    """
     if not FeatureStore.exists(url):
         raise UserError(f"{task}: no store at {url}; make it with `drl extract` first")
     store = FeatureStore.open(url)
@@ -27,7 +37,6 @@ def finished_store(pipeline: Pipeline, task: str) -> FeatureStore:
             f"{task}: {len(pending)} of {len(store.units)} units of {url} are not computed yet; "
             "finish it with `drl extract` first"
         )
-    store.locate_dataset(pipeline.dataset)
     return store
 
 

@@ -1,60 +1,70 @@
-"""The student: any image model of `transformers`, built from its configuration, with small heads.
+"""The student: an image model of `transformers`, or your own, as maps of features by stage.
+
+Your own is `student.model_type: python:package.module:factory`, a function of an importable module:
+
+    def factory(images: ImageSpec, config: dict[str, JsonValue]) -> torch.nn.Module
+
+The module takes pixels, float32 [b, c, h, w], normalised, at least 32 px a side, and gives one map
+[b, c, h, w] (the stage `last`), or a mapping of them by stage, the deepest last.
 
 Shapes: b batch, c channel, h height, w width, k class.
 """
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from pydantic import JsonValue
 from torch import Tensor, nn
 
+from drl_data.distill_spec import StudentSpec
 from drl_data.errors import SpecError
-from drl_data.pipeline import StudentSpec
-from drl_data.spec import ArraySpec, ImageSpec
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-SMALL_RESNET: dict[str, JsonValue] = {
-    "embedding_size": 32,
-    "hidden_sizes": [32, 64],
-    "depths": [1, 1],
-    "layer_type": "basic",
-}
-"""The student if the pipeline says nothing: a ResNet of some 90,000 weights, for small images."""
+from drl_data.spec import ImageSpec
+from drl_data.student_bodies import Body, build_body
 
 MIN_SIDE = 32
 """Smaller images are enlarged by a whole factor: a ResNet's stem alone shrinks them four times."""
 
 
 class Student(nn.Module):
-    """Pixels to a map of features [b, c, h, w], whatever the model puts out."""
+    """Pixels to maps of features by stage, whatever the model puts out."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, spec: StudentSpec, images: ImageSpec, seed: int) -> None:
-        """Random weights, decided by `seed`.
+        """Random weights, decided by `seed`, or those of `spec.weights`.
 
         Raises:
-            SpecError: `transformers` has no such model, or not with this configuration.
+            SpecError: there is no such model, not with this configuration, or not these weights.
         """
         super().__init__()
         if images.frames > 1:
             raise SpecError(f"images.frames {images.frames}: students take images, not videos")
         self.enlarge = max(1, math.ceil(MIN_SIDE / min(images.size)))
-        self.range = images.range
         self.n_pixels = math.prod(images.size) * self.enlarge**2
-        self.body: PreTrainedModel = _build(spec, images, self.enlarge, seed)
-        self.body.to(memory_format=torch.channels_last)  # a quarter faster on CPUs
+        low, high = images.range
+        mean, std = spec.mean or (low / (low - high),), spec.std or (1 / (high - low),)
+        if len(mean) not in (1, images.n_channels):
+            raise SpecError(
+                f"distill.student.mean of {len(mean)} channels; images have {images.n_channels}"
+            )
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+        self.body: Body = build_body(spec, images, self.enlarge, seed)
+        self.body.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster
+        self._about = {"images": images.model_dump(mode="json"), "mean": mean, "std": std}
         with torch.no_grad():
             self.eval()
             probe = torch.zeros(1, images.n_channels, *images.size, dtype=torch.uint8)
-            self.n_channels = self(probe).shape[1]
+            self.channels = {stage: x.shape[1] for stage, x in self(probe).items()}
             self.train()
+        self.last = list(self.channels)[-1]
+        """The deepest stage."""
 
     @property
     def n_parameters(self) -> int:
@@ -66,116 +76,55 @@ class Student(nn.Module):
         """Whether one CPU thread is enough."""
         return self.n_parameters < 1 << 20 and self.n_pixels <= 64 * 64
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """uint8 (or float 0..255) [b, c, h, w] to features [b, c, h, w]."""
-        low, high = self.range
-        x = pixels.float() / 255 * (high - low) + low
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """uint8 (or float 0..255) [b, c, h, w] to what the body takes."""
+        x = (pixels.float() / 255 - self.mean) / self.std
         if self.enlarge > 1:
             x = F.interpolate(x, scale_factor=self.enlarge, mode="bilinear")
-        features: Tensor = self.body(x).last_hidden_state
-        if features.ndim == 4:
-            return features
-        # Tokens: the last square number of them is the grid, what comes before is no place.
-        side = math.isqrt(features.shape[1])
-        grid = features[:, -side * side :].transpose(1, 2)
-        return grid.reshape(*grid.shape[:2], side, side)
-
-    def save(self, folder: Path) -> None:
-        """Write the body as `from_pretrained` of `transformers` reads it."""
-        from transformers.utils import logging
-
-        shown = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-        try:
-            self.body.save_pretrained(folder)
-        finally:
-            if shown:
-                logging.enable_progress_bar()
-
-
-class TeacherHead(nn.Module):
-    """Student features to whitened teacher features: one linear map per place, then resized."""
-
-    def __init__(self, n_channels: int, array: ArraySpec, seed: int) -> None:
-        """Raises `SpecError` for tokens that are no square grid."""
-        super().__init__()
-        self._grid = _grid(array)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.linear = nn.Conv2d(n_channels, array.shape[array.channel_axis], 1)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """[b, c, h, w] to the teacher's [b, c, h, w]; h = w = 1 for a vector."""
-        if self._grid == (1, 1):
-            features = features.mean((2, 3), keepdim=True)
-        x: Tensor = self.linear(features)
-        if x.shape[2:] != self._grid:
-            x = F.interpolate(x, self._grid, mode="bilinear")
         return x
 
-    def target(self, features: Tensor) -> Tensor:
-        """Stored features [b, *shape] as [b, c, h, w], float32."""
-        x = features.float()
-        if x.ndim == 3:  # [b, token, c]
-            x = x.transpose(1, 2)
-        return x.reshape(x.shape[0], x.shape[1], *self._grid)
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """uint8 (or float 0..255) [b, c, h, w] to features [b, c, h, w] by stage."""
+        return self.body(self.normalised(pixels))  # type: ignore[no-any-return]
+
+    def keep_used(self, stages: set[str], images: ImageSpec) -> None:
+        """Freeze weights that nothing of these stages depends on (a pooler, deeper stages).
+
+        Ranks that train together would wait for their gradients.
+        """
+        self.eval()
+        probe = torch.zeros(1, images.n_channels, *images.size, dtype=torch.uint8)
+        maps = self(probe.to(self.mean.device))
+        parameters = list(self.parameters())
+        total = torch.stack([maps[stage].float().sum() for stage in sorted(stages)]).sum()
+        found = torch.autograd.grad(total, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, found, strict=True):
+            parameter.requires_grad_(gradient is not None)
+        self.train()
+
+    def save(self, folder: Path) -> None:
+        """Write the body as `AutoModel.from_pretrained` of `transformers` reads it.
+
+        One of your own is written as `config.json` and `model.safetensors`, its state dict. Both
+        are read again by `student.weights`. `student.json` says what pixels it takes.
+        """
+        self.body.save(folder)
+        about = {**self._about, "enlarge": self.enlarge, "stages": self.channels}
+        (folder / "student.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
 
 
 class Classifier(nn.Module):
-    """A student and a linear head on the mean of its map."""
+    """A student and a linear head on the mean of its last map."""
 
     def __init__(self, student: Student, n_classes: int, seed: int) -> None:
         super().__init__()
-        self.student = student
+        self.student = student.requires_grad_(True)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.head = nn.Linear(student.n_channels, n_classes)
+            self.head = nn.Linear(student.channels[student.last], n_classes)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[b, c, h, w] to logits [b, k]."""
-        logits: Tensor = self.head(self.student(pixels).mean((2, 3)))
+        maps: Mapping[str, Tensor] = self.student(pixels)
+        logits: Tensor = self.head(maps[self.student.last].mean((2, 3)))
         return logits
-
-
-def _grid(array: ArraySpec) -> tuple[int, int]:
-    """Height and width of the teacher's map."""
-    if array.dims == ("channel", "height", "width"):
-        return array.shape[1], array.shape[2]
-    if array.dims == ("channel",):
-        return 1, 1
-    if "frame" in array.dims:
-        raise SpecError(
-            f"distill.tap {array.name!r} has frames; average them with `reduce: [frame_mean]` in "
-            "the pipeline's taps"
-        )
-    n_tokens = array.shape[0]
-    side = math.isqrt(n_tokens)
-    if side * side != n_tokens:
-        raise SpecError(
-            f"distill.tap {array.name!r}: {n_tokens} tokens are no square grid; pool them with "
-            "`reduce` in the pipeline's taps"
-        )
-    return side, side
-
-
-def _build(spec: StudentSpec, images: ImageSpec, enlarge: int, seed: int) -> PreTrainedModel:
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModel
-
-    config: dict[str, JsonValue] = {
-        "num_channels": images.n_channels,
-        "image_size": [side * enlarge for side in images.size],
-    }
-    if spec.model_type == "resnet" and not spec.config:
-        config.update(SMALL_RESNET)
-    config.update(spec.config)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return AutoModel.from_config(AutoConfig.for_model(spec.model_type, **config))
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        lines = [line for line in str(error).splitlines() if line]
-        raise SpecError(
-            f"distill.student: transformers cannot build {spec.model_type!r} from "
-            f"{spec.config}: {' '.join(lines)[:300]}"
-        ) from error

@@ -73,7 +73,8 @@ def test_the_pool_of_the_clusters_was_chosen_on_the_train_split(demo: Path, tmp_
 
 def test_the_student_says_whether_it_beats_scratch(demo: Path) -> None:
     result = DistillResult.load(demo / "results" / "distill.json")
-    assert [few.labels_per_class for few in result.few] == [1, 5, 20]
+    assert [few.fraction for few in result.few] == [0.01, 0.05, 0.2]
+    assert [few.n_labels for few in result.few] == [14, 72, 287]
     assert result.loss[-1] < 0.7 * result.loss[0]
     for few in result.few:
         assert few.verdict() in result.verdict

@@ -12,26 +12,22 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from drl_data import teachers as teachers_module
+from drl_data.distill_spec import DistillSpec, RegressorSpec, StudentSpec
 from drl_data.errors import InputError, SpecError, TapError, UserError
 from drl_data.images import read_batches
 from drl_data.index import SampleIndex
-from drl_data.pipeline import DistillSpec, Pipeline, StudentSpec
+from drl_data.pipeline import Pipeline
 from drl_data.plan import Unit
+from drl_data.progress import SILENT
+from drl_data.regressors import Head, Whitening, as_map, build_regressor
 from drl_data.shards import Array
 from drl_data.spec import ImageSpec
 from drl_data.store import FeatureStore
-from drl_data.student import Student, TeacherHead
-from drl_data.tasks import distill
-from drl_data.tasks.distill import (
-    DistillResult,
-    FewLabels,
-    FewLabelTask,
-    Pairs,
-    Teacher,
-    format_table,
-    random_shift,
-    run_distill,
-)
+from drl_data.student import Student
+from drl_data.tasks.distill import DistillResult, format_table, run_distill
+from drl_data.tasks.few_labels import Budget, FewLabels, FewLabelTask, compare, random_shift
+from drl_data.teachers import Teachers
 from drl_data.threads import one_thread
 from tests.stores import make_array
 from tests.task_stores import digits_index, noise, pipeline_of, store_of
@@ -134,9 +130,11 @@ def test_features_and_pixels_are_joined_by_row(
 ) -> None:
     seen = quadrants(pixels)
     few = {"labels_per_class": (1,), "finetune_epochs": 1, "seeds": (0,), "epochs": 15}
-    right = run_distill(pipeline(store_with(tmp_path / "a", index, seen), tmp_path, **few))
+    right = run_distill(pipeline(store_with(tmp_path / "a", index, seen), tmp_path / "x", **few))
     shuffled = seen[np.random.default_rng(0).permutation(len(seen))]
-    wrong = run_distill(pipeline(store_with(tmp_path / "b", index, shuffled), tmp_path, **few))
+    wrong = run_distill(
+        pipeline(store_with(tmp_path / "b", index, shuffled), tmp_path / "y", **few)
+    )
     assert right.loss[-1] < 0.25
     assert wrong.loss[-1] > 0.8
     assert "one seed says nothing" in right.verdict
@@ -145,10 +143,11 @@ def test_features_and_pixels_are_joined_by_row(
 def test_equal_starts_end_equal(index: SampleIndex, tmp_path: Path) -> None:
     """An untrained student of the same seed as scratch is the same arm: all else is shared."""
     store = store_with(tmp_path / "store", index, noise(index.n_samples, 4, 2, 2))
-    teacher = Teacher(store, QUICK.model_copy(update={"seeds": (5,)}))
-    few = FewLabelTask.of(teacher)
+    spec = QUICK.model_copy(update={"seeds": (5,)})
+    teachers = Teachers(store, spec, tmp_path / "statistics")
+    few = FewLabelTask.of(teachers)
     student = Student(QUICK.student, IMAGES, 5)
-    for one in distill._compare(student, teacher, few, "cpu", distill.SILENT):
+    for one in compare(student, teachers, few, "cpu", SILENT):
         assert one.distilled == one.scratch
         assert one.distilled_train == one.scratch_train
 
@@ -175,69 +174,96 @@ def test_the_draw_is_balanced_nested_and_repeatable(
     done: tuple[FeatureStore, DistillResult, Path], index: SampleIndex
 ) -> None:
     store, _, _ = done
-    few = FewLabelTask.of(Teacher(store, QUICK))
+    few = FewLabelTask.of(Teachers(store, QUICK, Path("unused")))
     labels = labels_of(index)
     splits = np.array(index.table["split"].to_pylist())
     for seed in range(3):
         for n in (1, 4, 9):
-            rows = few.draw(n, seed)
+            rows = few.draw(Budget(n), seed)
             assert np.bincount(labels[rows]).tolist() == [n] * 4
             assert set(splits[rows]) == {"train"}
-            assert set(rows) <= set(few.draw(n + 3, seed))
-            assert np.array_equal(rows, few.draw(n, seed))
-    assert set(few.draw(4, 0)) != set(few.draw(4, 1))
+            assert set(rows) <= set(few.draw(Budget(n + 3), seed))
+            assert np.array_equal(rows, few.draw(Budget(n), seed))
+    assert set(few.draw(Budget(4), 0)) != set(few.draw(Budget(4), 1))
 
 
 def test_streaming_gives_what_memory_holds(
     index: SampleIndex, pixels: Array, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = store_with(tmp_path / "s", index, quadrants(pixels))
-    teacher = Teacher(store, QUICK)
-    head = TeacherHead(16, store.array("map"), 0)
-    held = Pairs(teacher, head)
-    monkeypatch.setattr(distill, "CACHE_BYTES", 0)
-    read = Pairs(teacher, head)
-    assert torch.equal(held.mean, read.mean)
-    assert torch.equal(held.scale, read.scale)
+    seen = quadrants(pixels)
+    teachers = Teachers(store_with(tmp_path / "s", index, seen), QUICK, tmp_path / "t")
 
-    def rows(pairs: Pairs, epoch: int) -> list[bytes]:
+    def rows(epoch: int, start: int = 0) -> list[bytes]:
         return [
             x.numpy().tobytes() + y.numpy().tobytes()
-            for xs, ys in pairs.batches(epoch)
-            for x, y in zip(xs, ys, strict=True)
+            for xs, targets in teachers.batches(epoch, start=start)
+            for x, y in zip(xs, targets["map@11"], strict=True)
         ]
 
-    n_whole = held.n_rows // QUICK.batch_size * QUICK.batch_size
+    held = rows(0)
+    assert teachers._held is not None
+    monkeypatch.setattr(teachers_module, "CACHE_BYTES", 0)
+    assert rows(0) == held
+    assert rows(0, start=2) == held[2 * QUICK.batch_size :]
+    assert rows(1) != held
     everything = {
-        x.tobytes() + y.numpy().tobytes()
-        for x, y in zip(
-            (pixels[:, None] * 255).round().astype(np.uint8),
-            held.whiten(torch.from_numpy(quadrants(pixels))),
-            strict=True,
-        )
+        x.tobytes() + y.tobytes()
+        for x, y in zip((pixels[:, None] * 255).round().astype(np.uint8), seen, strict=True)
     }
-    for pairs in (held, read):
-        found = rows(pairs, 0)
-        assert len(found) == n_whole
-        assert set(found) <= everything
-        assert found != rows(pairs, 1)
-        assert found == rows(pairs, 0)
+    assert len(held) == teachers.n_rows // QUICK.batch_size * QUICK.batch_size
+    assert len(held) == teachers.n_batches * QUICK.batch_size
+    assert set(held) <= everything
 
 
-def test_whitened_features_have_mean_0_and_variance_1(
+@pytest.mark.parametrize("cache", [True, False])
+def test_ranks_share_the_batches_of_one_process(
+    index: SampleIndex, pixels: Array, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: bool
+) -> None:
+    if not cache:
+        monkeypatch.setattr(teachers_module, "CACHE_BYTES", 0)
+    store = store_with(tmp_path / "s", index, quadrants(pixels))
+    teachers = Teachers(store, QUICK, tmp_path / "t")
+    for epoch in range(2):
+        whole = list(teachers.batches(epoch))
+        parts = [list(teachers.batches(epoch, rank=r, world_size=4)) for r in range(4)]
+        for step, (x, y) in enumerate(whole):
+            xs = [part[step][0] for part in parts]
+            assert {len(own) for own in xs} == {QUICK.batch_size // 4}
+            ys = [part[step][1]["map@11"] for part in parts]
+            want = torch.cat([x.flatten(1), y["map@11"].flatten(1)], 1).tolist()
+            got = torch.cat([torch.cat(xs).flatten(1), torch.cat(ys).flatten(1)], 1).tolist()
+            assert sorted(got) == sorted(want)
+    with pytest.raises(SpecError, match="batches of 64 rows over 3 ranks: want multiples"):
+        next(teachers.batches(0, rank=0, world_size=3))
+
+
+def test_statistics_are_those_of_numpy_and_are_kept(
     index: SampleIndex, pixels: Array, tmp_path: Path
 ) -> None:
     features = quadrants(pixels) * 1000 + 5000
     features[:, 1] = 7.0  # does not vary
-    teacher = Teacher(
-        store_with(tmp_path / "s", index, features), QUICK.model_copy(update={"batch_size": 7})
-    )
-    pairs = Pairs(teacher, TeacherHead(16, teacher.store.array("map"), 0))
+    store = store_with(tmp_path / "s", index, features)
+    spec = QUICK.model_copy(update={"batch_size": 7})
+    file = tmp_path / "results" / "statistics.safetensors"
+    found = Teachers(store, spec, file).statistics
     train = np.array(index.table["split"].to_pylist()) == "train"
-    white = pairs.whiten(torch.from_numpy(features[train]))
+    of_channel = features[train].astype(np.float64).transpose(1, 0, 2, 3).reshape(2, -1)
+    assert found.mean["map@11"][0].numpy() == pytest.approx(of_channel.mean(1), rel=1e-12)
+    assert found.variance["map@11"][0].numpy() == pytest.approx(of_channel.var(1, ddof=1), rel=1e-9)
+    white = Whitening(found.mean["map@11"], found.variance["map@11"])(
+        torch.from_numpy(features[train])
+    )
     assert white[:, 0].mean().abs() < 1e-4
     assert white[:, 0].std() == pytest.approx(1, abs=1e-3)
     assert torch.equal(white[:, 1], torch.zeros_like(white[:, 1]))
+
+    written = file.stat().st_mtime_ns
+    again = Teachers(store, spec, file)
+    assert torch.equal(again.statistics.mean["map@11"], found.mean["map@11"])
+    assert again._held is None  # nothing was read
+    assert file.stat().st_mtime_ns == written
+    other = Teachers(store, spec.model_copy(update={"timestep": 10}), file).statistics
+    assert "map@10" in other.mean
 
 
 def test_the_saved_student_is_the_one_that_was_trained(
@@ -253,7 +279,7 @@ def test_the_saved_student_is_the_one_that_was_trained(
     x = torch.rand(2, 1, 32, 32)
     got = body(x).last_hidden_state
     assert got.shape == (2, 16, 4, 4)
-    assert not torch.allclose(got, untrained.body.eval()(x).last_hidden_state, atol=1e-3)
+    assert not torch.allclose(got, untrained.body.eval()(x)["last"], atol=1e-3)
     assert result.enlarge == 4
     assert result.n_parameters == sum(p.numel() for p in body.parameters())
 
@@ -298,9 +324,10 @@ def test_students_of_several_families(
     student, same, other = (Student(spec, images, seed) for seed in (0, 0, 1))
     student.eval()
     x = torch.randint(0, 256, (2, 1, 16, 16), dtype=torch.uint8)
-    assert student(x).shape == (2, *shape)
-    assert torch.equal(student(x), same.eval()(x))
-    assert not torch.equal(student(x), other.eval()(x))
+    got = student(x)["last"]
+    assert got.shape == (2, *shape)
+    assert torch.equal(got, same.eval()(x)["last"])
+    assert not torch.equal(got, other.eval()(x)["last"])
 
 
 def test_seeds_leave_the_global_generator_alone() -> None:
@@ -308,15 +335,16 @@ def test_seeds_leave_the_global_generator_alone() -> None:
     want = torch.rand(2)
     torch.manual_seed(3)
     Student(TINY, IMAGES, 9)
-    TeacherHead(4, make_array("a", (3, 2, 2), "float32"), 9)
+    build_regressor(RegressorSpec(), {"a": 4}, ["a"], [make_array("a", (3, 2, 2), "float32")], 9)
     assert torch.equal(torch.rand(2), want)
 
 
 @pytest.mark.parametrize("shape", [(6, 3, 2), (6,), (9, 6)])
 def test_heads_for_maps_vectors_and_tokens(shape: tuple[int, ...]) -> None:
-    head = TeacherHead(5, make_array("x", shape, "float16"), 0)
+    array = make_array("x", shape, "float16")
+    head = Head(5, array)
     stored = torch.randn(4, *shape).half()
-    target = head.target(stored)
+    target = as_map(stored, array)
     assert target.dtype == torch.float32
     assert head(torch.randn(4, 5, 2, 2)).shape == target.shape
     if len(shape) == 2:  # token 3 * i + j is the place (i, j)
@@ -349,6 +377,7 @@ def test_verdicts() -> None:
     def verdict(distilled: tuple[float, ...], scratch: tuple[float, ...]) -> str:
         return FewLabels(
             labels_per_class=5,
+            n_labels=20,
             distilled=distilled,
             scratch=scratch,
             distilled_train=distilled,

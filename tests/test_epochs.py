@@ -230,3 +230,60 @@ def test_lanes_take_turns_at_random_and_the_same_on_every_rank() -> None:
     assert orders[0, 0] == orders[0, 1] != orders[1, 0] == orders[1, 1]
     assert orders[0, 0] != sorted(orders[0, 0])
     assert sorted(orders[0, 0]) == [0] * 10 + [1] * 20
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    rows=st.lists(st.integers(0, 400), min_size=1, max_size=200, unique=True).map(sorted),
+    units=st.integers(1, 30),
+    size=st.integers(1, 6),
+    ranks=st.integers(1, 5),
+    buffer_rows=st.integers(1, 60),
+    shuffle=st.booleans(),
+    epoch=st.integers(0, 3),
+)
+def test_split_batches_are_those_of_one_process(
+    rows: list[int],
+    units: int,
+    size: int,
+    ranks: int,
+    buffer_rows: int,
+    shuffle: bool,
+    epoch: int,
+) -> None:
+    alone = Dealing(size * ranks, 1, (buffer_rows,), shuffle, seed=7, drop_last=True)
+    lanes = [np.array(rows)]
+    together = replace(alone, world_size=ranks, split_batches=True)
+    whole = plan_rank(lanes, [units], alone, epoch=epoch, rank=0)
+    parts = [plan_rank(lanes, [units], together, epoch=epoch, rank=r) for r in range(ranks)]
+    for part in parts:
+        assert part.n_batches == whole.n_batches
+        (lane,) = part.lanes
+        for window in range(lane.n_windows):  # what is read ahead of a batch holds its rows
+            mine = lane.order[lane.window_slice(window)]
+            (of_all,) = whole.lanes
+            assert set(mine) <= set(of_all.order[of_all.window_slice(window)])
+    for step in range(whole.n_batches):
+        of_ranks = [part.rows_of(step) for part in parts]
+        assert {len(mine) for mine in of_ranks} == {size}
+        assert sorted(np.concatenate(of_ranks)) == sorted(whole.rows_of(step))
+    dealt = undealt(lanes, [units], [Segment(together, 1)], epoch=epoch)
+    assert np.array_equal(dealt[0], undealt(lanes, [units], [Segment(alone, 1)], epoch=epoch)[0])
+
+
+def test_ranks_of_split_batches_read_parts_of_the_windows() -> None:
+    """Of 100 units in windows of 25, four ranks read less than twice what one alone does."""
+    rows = np.arange(6400)
+    together = Dealing(64, 4, (1600,), True, seed=1, drop_last=True, split_batches=True)
+    n_read = 0
+    for rank in range(4):
+        plan = plan_epoch(rows, 64, together, epoch=0, rank=rank)
+        units = [np.unique(plan.order[plan.window_slice(w)] // 64) for w in range(plan.n_windows)]
+        n_read += sum(map(len, units))
+    assert n_read < 180  # 400 if each rank touched every unit
+
+
+def test_batches_that_do_not_split_are_refused() -> None:
+    odd = Dealing(4, 2, (8,), True, seed=1, split_batches=True)
+    with pytest.raises(SpecError, match="batches of 3 and 4 rows over 2 ranks: want multiples"):
+        plan_epoch(np.arange(7), 4, odd, epoch=0, rank=0)

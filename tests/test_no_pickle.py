@@ -52,7 +52,7 @@ NEVER_CALLED = {
 EXCEPTIONS = {("noise_bank.py", "import pickle"), ("export_formats.py", "import h5py")}
 """One names an exception that `torch.load(weights_only=True)` raises, and calls nothing; the other
 writes numbers and text, and reads nothing."""
-DYNAMIC_IMPORTS = {"__init__.py", "custom.py", "testing.py"}
+DYNAMIC_IMPORTS = {"__init__.py", "factories.py", "testing.py"}
 """Our own modules by name; `python:MODULE:FACTORY`, which the user's pipeline names."""
 
 

@@ -13,11 +13,12 @@ from PIL import Image
 from sklearn.decomposition import PCA
 
 from drl_data.charts import Series, heat_colour, line_chart
+from drl_data.distill_spec import DistillSpec, StudentSpec
 from drl_data.errors import InputError, UserError
 from drl_data.index import SampleIndex
 from drl_data.job_specs import AttentiveSpec, ClusterSpec, KnnSpec, ProbeSpec, RetrieveSpec
 from drl_data.pictures import pca_colours, png_uri, shrunk
-from drl_data.pipeline import DistillSpec, Pipeline, StudentSpec
+from drl_data.pipeline import Pipeline
 from drl_data.plan import InvalidRow
 from drl_data.report import human_bytes, write_report
 from drl_data.shards import Array

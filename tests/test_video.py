@@ -30,15 +30,17 @@ from drl_data.backbones.backbone import CLEAN, Posterior
 from drl_data.capture import Streams, capture
 from drl_data.decode import decode_image, decode_views
 from drl_data.diffusion_spec import ConditionSpec, NoiseSpec, ScheduleSpec
+from drl_data.distill_spec import StudentSpec
 from drl_data.errors import ImageError, SpecError, TapError, WeightsError
 from drl_data.images import ImageBatch, read_batches
 from drl_data.index import build_index
 from drl_data.linear_probes import _flat_pixels
 from drl_data.noise import batch_noise
-from drl_data.pipeline import Pipeline, StudentSpec
+from drl_data.pipeline import Pipeline
 from drl_data.plan import Unit
 from drl_data.pooling import pooled
 from drl_data.reduce import VIDEO, reduce
+from drl_data.regressors import grid_of
 from drl_data.rehearse import rehearsal
 from drl_data.runs import extract
 from drl_data.schedule import mask_patches
@@ -51,7 +53,7 @@ from drl_data.spec import (
     ResolvedTime,
     TapSpec,
 )
-from drl_data.student import Student, _grid
+from drl_data.student import Student
 from drl_data.tap_reducer import TapReducer
 from drl_data.taps import ResolvedTap, resolve
 from drl_data.testing import write_photo_tars
@@ -227,7 +229,7 @@ def test_probes_average_frames() -> None:
 def test_students_take_images() -> None:
     array = ArraySpec(name="x", tap="x", dims=VIDEO, shape=(16, 1, 4, 4), dtype="float32")
     with pytest.raises(SpecError, match=r"'x' has frames; average them .*frame_mean"):
-        _grid(array)
+        grid_of(array)
     with pytest.raises(SpecError, match=r"images.frames 9: students take images, not videos"):
         Student(StudentSpec(), IMAGES, 0)
 

@@ -29,8 +29,6 @@ downloaded, and no model folder can bring code with it.
 from __future__ import annotations
 
 import hashlib
-import importlib
-import re
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -39,12 +37,9 @@ import torch
 
 from drl_data.backbones.backbone import Backbone
 from drl_data.errors import SpecError
+from drl_data.factories import load_factory
 from drl_data.spec import BackboneSpec
 from drl_data.spec_base import canonical_json
-
-PYTHON = "python:"
-
-_FACTORY = re.compile(r"^python:(?P<module>[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w*)$")
 
 
 class CustomBackbone(Backbone):
@@ -80,18 +75,7 @@ class CustomModel:
         return self._make(device)
 
     def _make(self, device: str | torch.device) -> CustomBackbone:
-        match = _FACTORY.match(self.spec.model)
-        if match is None:
-            raise SpecError(
-                f"backbone.model {self.spec.model!r}: want python:package.module:factory"
-            )
-        try:
-            factory = getattr(importlib.import_module(match["module"]), match["name"])
-        except (ImportError, AttributeError) as error:
-            raise SpecError(
-                f"backbone.model {self.spec.model!r}: {error}; the module must be installed or on "
-                "PYTHONPATH"
-            ) from error
+        factory = load_factory(self.spec.model, "backbone.model")
         made = factory(self.spec, torch.device(device))
         if not isinstance(made, CustomBackbone):
             raise SpecError(

@@ -28,10 +28,11 @@ from drl_data.backbones.bundles import (
     hub_ids,
     is_config_only,
 )
-from drl_data.backbones.custom import PYTHON, CustomModel
+from drl_data.backbones.custom import CustomModel
 from drl_data.backbones.overrides import apply_overrides
 from drl_data.backbones.samplers import FLOW, DiffusersSampler, DynamicShift
 from drl_data.errors import SpecError, WeightsError
+from drl_data.factories import PYTHON
 from drl_data.reduce import TORCH_DTYPES
 from drl_data.schedule import NoiseSchedule, Schedule
 from drl_data.schedule_edm import EDMSchedule
