@@ -56,7 +56,8 @@ from drl_data.tasks.synthesize import (
 from drl_data.testing import KillingRows, write_photo_tars
 from drl_data.tiny_models import save_tiny
 from drl_data.unit_jobs import UnitJob
-from tests.test_cli import ROOT, Drl, drl
+from tests.conftest import Drl
+from tests.test_cli import ROOT
 from tests.test_image_pipelines import change, photographs, with_safety_checker
 from tests.toy_tars import write_tar
 
