@@ -61,8 +61,6 @@ from tests.test_cli import ROOT
 from tests.test_image_pipelines import change, photographs, with_safety_checker
 from tests.toy_tars import write_tar
 
-__all__ = ["drl"]  # a fixture
-
 N_CLASSES = 4
 
 
