@@ -131,10 +131,13 @@ def test_readme_python_runs(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert len(namespace["y"]) == len(namespace["batch"].row)
 
 
-def test_readme_pipeline_is_valid() -> None:
-    (text,) = blocks("yaml")
-    pipeline = Pipeline.parse(yaml.safe_load(text))
-    assert pipeline.run.executor == "ray"
+def test_readme_pipelines_are_valid() -> None:
+    """Whole files by themselves, sections in the place of those of the first file."""
+    first, *others = (yaml.safe_load(text) for text in blocks("yaml"))
+    assert Pipeline.parse(first).run.executor == "ray"
+    assert len(others) >= 3
+    for other in others:
+        Pipeline.parse(other if "name" in other else {**first, **other})
 
 
 def test_readme_names_files_that_exist() -> None:
