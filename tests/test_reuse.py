@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from drl_data import extract as extract_room
+from drl_data import computers
 from drl_data.backbones.backbone import Backbone
 from drl_data.images import read_batches
 from drl_data.index import SampleIndex, build_index
@@ -93,13 +93,13 @@ class Meter:
 def meter(monkeypatch: pytest.MonkeyPatch) -> Meter:
     """Counts what real backbones do from now on."""
     found = Meter()
-    load = extract_room.load_backbone
+    load = computers.load_backbone
 
     def load_backbone(*args: object) -> object:
         found.loaded += 1
         return load(*args)
 
-    monkeypatch.setattr(extract_room, "load_backbone", load_backbone)
+    monkeypatch.setattr(computers, "load_backbone", load_backbone)
     encode, forward = Backbone.encode_and_tap, Backbone._forward
 
     def encode_and_tap(self: Backbone, pixels: Tensor, *args: object, **kwargs: object) -> object:
