@@ -72,6 +72,10 @@ Gpus = Annotated[float | None, typer.Option(help="GPUs of one worker; fractions 
 Address = Annotated[str | None, typer.Option(help="Address of a Ray cluster.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N samples.")]
 Units = Annotated[str | None, typer.Option(help="Part I/N of the units, I from 0.")]
+Shuffle = Annotated[int | None, typer.Option(help="Order of the units, by this seed.")]
+Repaired = Annotated[
+    bool, typer.Option("--repair", help="Read the store first; make what is damaged again.")
+]
 
 
 def main() -> None:
@@ -106,11 +110,12 @@ class _Signals:
         self._grace_s = 0.0
         self._effect = ""
 
-    def ask(self, stop: Stop, grace_s: float, effect: str | None = None) -> None:
-        """While this wish is heeded, the first signal is passed on to it; `effect` says what then
+    def stop(self, grace_s: float, effect: str | None = None) -> Stop:
+        """A wish that the first signal is passed on to while it is heeded; `effect` says what then
         happens."""
-        self._stop, self._grace_s = stop, grace_s
+        self._stop, self._grace_s = Stop(), grace_s
         self._effect = effect or f"no unit begins now; those that run have {grace_s:g} s to finish"
+        return self._stop
 
     def hear(self, number: int, _frame: FrameType | None) -> None:
         """The handler; it writes by itself, as the console may be at work on a line."""
@@ -284,10 +289,8 @@ def extract(
     address: Address = None,
     limit: Limit = None,
     units: Units = None,
-    shuffle: Annotated[int | None, typer.Option(help="Order of the units, by this seed.")] = None,
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Read the store first; make what is damaged again.")
-    ] = False,
+    shuffle: Shuffle = None,
+    repair: Repaired = False,
     reuse: Annotated[
         list[str] | None,
         typer.Option("--reuse", help="Copy what this older store has of it; repeatable."),
@@ -302,8 +305,7 @@ def extract(
         changed = pipeline.store.model_copy(update={"reuse": tuple(reuse)})
         pipeline = pipeline.model_copy(update={"store": changed})
     pipeline = _with_run(pipeline, executor, workers, gpus, address)
-    stop = Stop()
-    _SIGNALS.ask(stop, pipeline.run.grace_s)
+    stop = _SIGNALS.stop(pipeline.run.grace_s)
     summaries = extract_all(
         pipeline,
         limit=limit,
@@ -322,22 +324,19 @@ def import_(
     tars: OverrideTars = None,
     store: OverrideStore = None,
     executor: Executor = None,
-    workers: Annotated[int | None, typer.Option(help="Child processes or Ray actors.")] = None,
-    address: Annotated[str | None, typer.Option(help="Address of a Ray cluster.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N samples.")] = None,
-    units: Annotated[str | None, typer.Option(help="Part I/N of the units, I from 0.")] = None,
-    shuffle: Annotated[int | None, typer.Option(help="Order of the units, by this seed.")] = None,
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Read the store first; make what is damaged again.")
-    ] = False,
+    workers: NWorkers = None,
+    address: Address = None,
+    limit: Limit = None,
+    units: Units = None,
+    shuffle: Shuffle = None,
+    repair: Repaired = False,
 ) -> None:
     """Features that are there already (`source:`) become a store; run it again to resume."""
     from drl_data.imports import import_features
     from drl_data.progress import console_progress
 
     pipeline = _with_run(_load(file, tars, store), executor, workers, None, address)
-    stop = Stop()
-    _SIGNALS.ask(stop, pipeline.run.grace_s)
+    stop = _SIGNALS.stop(pipeline.run.grace_s)
     summary = import_features(
         pipeline,
         limit=limit,
@@ -355,9 +354,13 @@ def _end_of_run(summaries: Sequence[RunSummary]) -> NoReturn:
     incomplete = [summary for summary in summaries if not print_summary(summary)]
     n_left = sum(summary.n_left for summary in summaries)
     if n_left:
-        err.print(f"interrupted, {n_left} units left; run the same command again to resume")
-        _exit_now(3)
+        _exit_interrupted(n_left, "units")
     raise typer.Exit(1 if incomplete else 0)
+
+
+def _exit_interrupted(n_left: int, what: str) -> NoReturn:
+    err.print(f"interrupted, {n_left} {what} left; run the same command again to resume")
+    _exit_now(3)
 
 
 def _exit_now(status: int) -> NoReturn:
@@ -376,8 +379,7 @@ def merge(
     from drl_data.merge import merge as run_merge
     from drl_data.progress import console_progress
 
-    stop = Stop()
-    _SIGNALS.ask(stop, RunSpec().grace_s)
+    stop = _SIGNALS.stop(RunSpec().grace_s)
     summary = run_merge(urls, target, progress=console_progress(), stop=stop)
     for old in summary.reused.values():
         out.print(f"of {escape(old.store)}: {describe_reused(old)}", soft_wrap=True)
@@ -390,8 +392,7 @@ def merge(
         soft_wrap=True,
     )
     if summary.n_left:
-        err.print(f"interrupted, {summary.n_left} units left; run the same command again to resume")
-        _exit_now(3)
+        _exit_interrupted(summary.n_left, "units")
     raise typer.Exit(1 if print_invalid(summary.store) or summary.failed else 0)
 
 
@@ -621,8 +622,7 @@ def score(
     from drl_data.tasks.score_result import format_table
 
     pipeline = _with_run(_load(file, tars, store), executor, workers, gpus, address)
-    stop = Stop()
-    _SIGNALS.ask(stop, pipeline.run.grace_s)
+    stop = _SIGNALS.stop(pipeline.run.grace_s)
     found = run_score(pipeline, device=device, limit=limit, part=_parse_part(units),
                       progress=console_progress(), stop=stop)  # fmt: skip
     n_bad = print_rows(found.invalid, "the receipts have")
@@ -635,8 +635,7 @@ def score(
         out.print(f"{n_done} of the {found.n_units} units asked for have losses; there is no "
                   "result before all have", soft_wrap=True)  # fmt: skip
     if found.n_left:
-        err.print(f"interrupted, {found.n_left} units left; run the same command again to resume")
-        _exit_now(3)
+        _exit_interrupted(found.n_left, "units")
     raise typer.Exit(1 if found.failed or n_bad else 0)
 
 
@@ -663,8 +662,7 @@ def distill(
         "executor": executor, "workers": workers, "gpus_per_worker": gpus, "address": address
     }  # fmt: skip
     spec = spec.model_copy(update={"run": _changed(spec.run, given, "distill.run")})
-    stop = Stop()
-    _SIGNALS.ask(stop, spec.run.grace_s, "the training writes a checkpoint and ends")
+    stop = _SIGNALS.stop(spec.run.grace_s, "the training writes a checkpoint and ends")
     try:
         found = run_distill(
             pipeline.model_copy(update={"distill": spec}),
@@ -701,8 +699,7 @@ def synthesize(
     if url is not None:
         section = section.model_copy(update={"url": url})
     pipeline = _with_run(pipeline, executor, workers, gpus, address)
-    stop = Stop()
-    _SIGNALS.ask(stop, pipeline.run.grace_s)
+    stop = _SIGNALS.stop(pipeline.run.grace_s)
     done = run_synthesize(
         pipeline.model_copy(update={"synthesize": section}),
         limit=limit,
@@ -712,8 +709,7 @@ def synthesize(
     )
     print_synthesis(done, format_table(done.result))
     if done.n_left:
-        err.print(f"interrupted, {done.n_left} tars left; run the same command again to resume")
-        _exit_now(3)
+        _exit_interrupted(done.n_left, "tars")
     raise typer.Exit(1 if done.failed or done.result.n_invalid else 0)
 
 

@@ -18,7 +18,7 @@ from drl_data.import_spec import DIMS, IMPORTED, ImportSpec, SourceArray, Source
 from drl_data.import_task import make_import_task, row_shape
 from drl_data.index import SampleIndex, build_index
 from drl_data.pipeline import Pipeline, StoreSpec
-from drl_data.plan import auto_rows_per_unit, select_units
+from drl_data.plan import asked_units, auto_rows_per_unit
 from drl_data.progress import SILENT, Progress
 from drl_data.quantise import COMPANIONS, companions
 from drl_data.repair import Repair, remove_damaged, restore_root
@@ -210,9 +210,7 @@ def import_features(
     store = FeatureStore.create(
         store_spec.url, *prepared.described, prepared.index, prepared.catalogue
     )
-    units = [u for u in store.units if limit is None or u.start < limit]
-    if part is not None:
-        units = select_units(units, *part)
+    units = asked_units(store.units, limit, part)
     if repair:
         removed = remove_damaged(store, prepared.index, units, prepared.catalogue)
         repaired = repaired.merged(removed)

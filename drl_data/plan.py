@@ -118,6 +118,19 @@ def select_units(units: Sequence[Unit], part: int, n_parts: int) -> list[Unit]:
     return list(units[begin:end])
 
 
+def asked_units(
+    units: Sequence[Unit], limit: int | None, part: tuple[int, int] | None
+) -> list[Unit]:
+    """The units that a run is asked for: those that hold the first `limit` rows, and of these the
+    i-th of n parts (i, n); None for all.
+
+    Raises:
+        SpecError: as `select_units`.
+    """
+    asked = [unit for unit in units if limit is None or unit.start < limit]
+    return asked if part is None else select_units(asked, *part)
+
+
 def auto_rows_per_unit(arrays: Sequence[ArraySpec], n_samples: int, batch_size: int) -> int:
     """Rows that make the largest array's shard about 64 MiB: a multiple of `batch_size`.
 

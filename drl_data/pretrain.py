@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from drl_data.backbones.pixel_images import TRAINING
 from drl_data.class_labels import Classes, classes_of, labels_of
 from drl_data.errors import InputError, ObjectNotFoundError, SpecError
 from drl_data.images import read_batches
@@ -37,7 +38,6 @@ from drl_data.objects import LocalFolder
 from drl_data.pipeline import PretrainSpec, is_absolute
 from drl_data.plan import Unit
 from drl_data.progress import SILENT, Progress
-from drl_data.sampling import RECORD
 from drl_data.spec import ImageSpec
 from drl_data.spec_base import canonical_json
 
@@ -101,7 +101,7 @@ def pretrain(
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
     }
     files = LocalFolder(folder)
-    files.put(RECORD, [json.dumps(record, indent=2).encode()])
+    files.put(TRAINING, [json.dumps(record, indent=2).encode()])
     files.delete(CHECKPOINT)
     return folder
 
@@ -324,10 +324,10 @@ def _class_record(classes: Classes | None, data: _TrainingData) -> dict[str, Jso
 
 def _is_complete(folder: Path, identity: dict[str, JsonValue]) -> bool:
     try:
-        record = json.loads(bytes(LocalFolder(folder).get(RECORD)))
+        record = json.loads(bytes(LocalFolder(folder).get(TRAINING)))
     except ObjectNotFoundError:
         return False
-    _check_same({key: record.get(key) for key in identity}, identity, folder / RECORD)
+    _check_same({key: record.get(key) for key in identity}, identity, folder / TRAINING)
     return True
 
 

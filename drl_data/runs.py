@@ -29,7 +29,7 @@ from drl_data.index import SampleIndex, TarInfo, build_index, if_current
 from drl_data.leases import Limits, Outcome
 from drl_data.noise_bank import by_content, read_bank
 from drl_data.pipeline import Pipeline, RunSpec, StoreSpec
-from drl_data.plan import Unit, auto_rows_per_unit, select_units
+from drl_data.plan import Unit, asked_units, auto_rows_per_unit
 from drl_data.progress import SILENT, Progress
 from drl_data.receipts import Reused
 from drl_data.reduce import pca_of
@@ -289,9 +289,7 @@ def extract(
         open_reusable(url, store_spec.url, prepared.spec)
     repaired = restore_root(store_spec.url, described) if repair else Repair()
     store = FeatureStore.create(store_spec.url, *described, prepared.index)
-    units = [u for u in store.units if limit is None or u.start < limit]
-    if part is not None:
-        units = select_units(units, *part)
+    units = asked_units(store.units, limit, part)
     if repair:
         repaired = repaired.merged(remove_damaged(store, prepared.index, units))
     elif any(pca_of(tap.reduce) is not None for tap in prepared.spec.taps):

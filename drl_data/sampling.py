@@ -5,7 +5,6 @@ Shape suffixes: b batch, c channel, h height, w width, n images.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,12 +12,9 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
+from drl_data.backbones.pixel_images import pixel_range
 from drl_data.backbones.unet import NULL_CLASS
-from drl_data.errors import ObjectNotFoundError, SpecError, WeightsError
-from drl_data.objects import LocalFolder
-
-RECORD = "training.json"
-"""What `drl pretrain` recorded beside the weights."""
+from drl_data.errors import SpecError, WeightsError
 
 
 def sample(
@@ -53,7 +49,7 @@ def sample(
         ) from error
     scheduler = DDIMScheduler.from_config(settings, timestep_spacing="trailing")
     scheduler.set_timesteps(steps)
-    low, high = _pixel_range(Path(folder))
+    low, high = pixel_range(Path(folder))
     size, channels = model.config.sample_size, model.config.in_channels
     height, width = (size, size) if isinstance(size, int) else size
     generator = torch.Generator().manual_seed(seed)
@@ -103,13 +99,3 @@ def _guided(
     null_b = torch.full_like(told_b, model.config[NULL_CLASS])
     null_bchw: torch.Tensor = model(x_bchw, t, class_labels=null_b).sample
     return null_bchw + guidance * (eps_bchw - null_bchw)
-
-
-def _pixel_range(folder: Path) -> tuple[float, float]:
-    """What uint8 0 and 255 were in training; (-1, 1) for models trained elsewhere."""
-    try:
-        record = json.loads(bytes(LocalFolder(folder).get(RECORD)))
-    except ObjectNotFoundError:
-        return -1.0, 1.0
-    low, high = record["images"]["range"]
-    return low, high

@@ -13,7 +13,7 @@ from drl_data.backbones import load_backbone
 from drl_data.errors import SpecError, StoreError
 from drl_data.index import SampleIndex
 from drl_data.pipeline import Pipeline, StoreSpec
-from drl_data.plan import MAX_ROWS_PER_UNIT, Unit, select_units
+from drl_data.plan import MAX_ROWS_PER_UNIT, Unit, asked_units
 from drl_data.progress import SILENT, Progress
 from drl_data.runs import Prepared, cpus_of_worker, hand_out, prepare
 from drl_data.score_spec import LearnedWeights, ScoreSpec
@@ -72,9 +72,7 @@ def run_stages(
     prepared.model.check_weights()
     job = UnitJob.create(url, job_spec)
     saved = _saved_index(job, index)
-    units = [unit for unit in job.units if limit is None or unit.start < limit]
-    if part is not None:
-        units = select_units(units, *part)
+    units = asked_units(job.units, limit, part)
     pending = job.pending(units)
     run = StagedRun(job, content, index, classes, len(units), len(pending), len(pending))
     if not pending or stop.requested:

@@ -135,7 +135,7 @@ class Teachers:
 
     # --- batches --------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def n_batches(self) -> int:
         """Steps of an epoch."""
         return len(self._shuffled(0, 0, 1))

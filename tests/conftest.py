@@ -61,6 +61,15 @@ def _threads_stay() -> Iterator[None]:
         sys.modules["torch"].set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def module_on_one_thread() -> Iterator[None]:
+    """As `one_thread`, for fixtures of the whole module too: small computations are faster so."""
+    from drl_data.threads import one_thread
+
+    with one_thread():
+        yield
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """The bits of a convolution depend on the number of threads; extraction computes with one.

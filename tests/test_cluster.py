@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,6 @@ from drl_data.report import write_report
 from drl_data.shards import Array
 from drl_data.store import FeatureStore
 from drl_data.tasks.cluster import ClusterResult, pseudo_labels, run_cluster
-from drl_data.threads import one_thread
 from tests.task_stores import digits_index, noise, pipeline_of, store_of, toy_index
 
 DIGITS, LABELS = load_digits(return_X_y=True)
@@ -37,10 +35,7 @@ SPLITS = np.where(np.arange(N) % 5 == 0, "test", "train")
 INVALID = (3, 500)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("module_on_one_thread")
 
 
 def unit_length(x: Array) -> Array:

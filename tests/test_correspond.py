@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +39,6 @@ from drl_data.store import FeatureStore
 from drl_data.tasks.correspond import CorrespondResult, run_correspond
 from drl_data.tasks.correspond import _public as public_pairs
 from drl_data.tasks.segment import _public as public_labels
-from drl_data.threads import one_thread
 from drl_data.warps import EXACT, Warp, computed_warps, view_warp
 from tests.digit_scenes import scenes_pipeline, write_scenes
 from tests.photo_pairs import (
@@ -56,10 +54,7 @@ from tests.task_stores import pipeline_of
 SIDES = st.integers(1, 7)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("module_on_one_thread")
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,6 @@ from drl_data.student import Student
 from drl_data.tasks.distill import DistillResult, format_table, run_distill
 from drl_data.tasks.few_labels import Budget, FewLabels, FewLabelTask, compare, random_shift
 from drl_data.teachers import Teachers
-from drl_data.threads import one_thread
 from tests.stores import make_array
 from tests.task_stores import digits_index, noise, pipeline_of, store_of
 
@@ -54,10 +52,7 @@ QUICK = DistillSpec(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("module_on_one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +37,6 @@ from drl_data.tasks.probe import (
     run_probe,
 )
 from drl_data.tasks.sweep import some_samples
-from drl_data.threads import one_thread
 from tests.stores import make_array
 from tests.task_stores import N_CLASSES, digits_index, noise, pipeline_of, store_of, toy_index
 
@@ -49,10 +47,7 @@ SPLITS = ["train"] * N_TRAIN + ["test"] * N_TEST
 QUICK = ProbeSpec(epochs=15, seeds=(0, 1), pixels=False, learning_rate=(0.05,))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("module_on_one_thread")
 
 
 def pipeline(store: FeatureStore, results: Path, spec: ProbeSpec = QUICK) -> Pipeline:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
@@ -27,7 +27,6 @@ from drl_data.tasks.cluster import run_cluster
 from drl_data.tasks.distill import run_distill
 from drl_data.tasks.probe import ProbeResult, run_probe
 from drl_data.tasks.retrieve import run_retrieve
-from drl_data.threads import one_thread
 from tests.stores import RUN, make_array, make_spec, make_times
 from tests.task_stores import digits_index, noise, pipeline_of, store_of
 
@@ -86,10 +85,7 @@ class Page(HTMLParser):
         ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("module_on_one_thread")
 
 
 @pytest.fixture(scope="module")

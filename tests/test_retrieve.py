@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import sys
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +31,6 @@ from drl_data.shards import Array
 from drl_data.spec import TapSpec
 from drl_data.store import FeatureStore
 from drl_data.tasks.retrieve import RetrieveResult, query, run_retrieve
-from drl_data.threads import one_thread
 from tests.task_stores import digits_index, noise, pipeline_of, store_of, toy_index
 
 DIGITS, LABELS = load_digits(return_X_y=True)
@@ -41,10 +39,7 @@ SPLITS = np.where(np.arange(N) % 4 == 0, "test", "train")
 INVALID = (3, 500)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("module_on_one_thread")
 
 
 def brute_force(queries: Array, base: Array, k: int, own: Array | None = None) -> Array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,16 +33,12 @@ from drl_data.segment_files import label_image, png_path
 from drl_data.segment_spec import PixelLinearSpec, PixelMlpSpec, SegmentSpec
 from drl_data.store import FeatureStore
 from drl_data.tasks.segment import SegmentResult, run_segment
-from drl_data.threads import one_thread
 from tests.digit_scenes import SIDE, scenes_pipeline, write_scenes
 
 SIDES = st.integers(1, 9)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("module_on_one_thread")
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

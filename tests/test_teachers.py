@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,16 +26,12 @@ from drl_data.store import FeatureStore
 from drl_data.tasks.distill import DistillResult, format_table, run_distill
 from drl_data.tasks.few_labels import Budget, FewLabelTask
 from drl_data.teachers import TEACHER_DRAW, Teachers
-from drl_data.threads import one_thread
 from tests.task_stores import digits_index, noise, pipeline_of, store_of
 
 OWN = StudentSpec(model_type="python:tests.student_modules:patches")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("module_on_one_thread")
 
 
 @pytest.fixture(scope="module")

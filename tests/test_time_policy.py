@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,6 @@ from drl_data.optimisation import optimizer_of, step
 from drl_data.shards import Array
 from drl_data.store import FeatureStore
 from drl_data.teachers import LABEL, POLICY_DRAW, Teachers, time_key
-from drl_data.threads import one_thread
 from drl_data.time_policy import Drawn, TaskHead, TimePolicy, policy_losses
 from tests.task_stores import digits_index, noise, store_of
 
@@ -34,10 +32,7 @@ SPEC = DistillSpec(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("module_on_one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import copy
 import inspect
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,7 +67,7 @@ class PixelImages:
 
         network = load_network(folder, UNet2DModel, device)
         apply_overrides(network, folder.spec)
-        return cls(network, scheduler, call, device, pixel_range(folder))
+        return cls(network, scheduler, call, device, pixel_range(folder.root))
 
     def replica(self) -> PixelImages:
         other = copy.copy(self)
@@ -121,10 +122,10 @@ class PixelImages:
         return {**own, **self._call.arguments}
 
 
-def pixel_range(folder: ModelFolder) -> tuple[float, float]:
+def pixel_range(root: Path) -> tuple[float, float]:
     """What uint8 0 and 255 were in training, if `drl pretrain` recorded it; else (-1, 1)."""
     try:
-        record = json.loads((folder.root / TRAINING).read_text(encoding="utf-8"))
+        record = json.loads((root / TRAINING).read_text(encoding="utf-8"))
         low, high = record["images"]["range"]
     except (FileNotFoundError, KeyError):
         return -1.0, 1.0

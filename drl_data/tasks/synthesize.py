@@ -23,7 +23,7 @@ from drl_data.backbones.loader import ModelFolder
 from drl_data.errors import SpecError, redacted
 from drl_data.index import build_index
 from drl_data.pipeline import Pipeline, is_absolute
-from drl_data.plan import InvalidRow, Unit, select_units
+from drl_data.plan import InvalidRow, Unit, asked_units
 from drl_data.progress import SILENT, Progress
 from drl_data.results import TaskResult
 from drl_data.runs import cpus_of_worker, hand_out
@@ -116,9 +116,7 @@ def run_synthesize(
     what = prepared.what
     job = UnitJob.create(what.spec.url, prepared.job)
     job.folder.put_if_absent(ENTRIES, [prepared.plan.to_parquet()])
-    units = [u for u in job.units if limit is None or u.start < limit]
-    if part is not None:
-        units = select_units(units, *part)
+    units = asked_units(job.units, limit, part)
     pending = job.pending(units)
     start = time.perf_counter()
     failed: list[tuple[Unit, str]] = []
